@@ -1,0 +1,1 @@
+"""Tokens in; states, scores and tokens out. Knows no SQL."""

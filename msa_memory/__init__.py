@@ -1,0 +1,1 @@
+"""An agent memory that lives inside the model's own attention."""

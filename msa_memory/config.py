@@ -1,0 +1,67 @@
+"""Settings of a memory and the one place that reads the environment.
+
+``MemoryConfig`` is frozen and keyword-only: every default is visible here and unknown options raise.
+Knows no model and no database.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_cache_path
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from msa_memory.errors import ConfigError
+
+__all__ = ["MemoryConfig", "cache_folder", "default_model"]
+
+
+class MemoryConfig(BaseModel):
+    """How a memory splits, recalls and answers.
+
+    Sizes named ``*_tokens`` are tokens of the model's own tokenizer; ``*_chars`` are characters.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    passage_tokens: int = Field(default=512, ge=16, le=8192)
+    """Longest passage the model encodes at once; longer documents are split."""
+    k: int = Field(default=4, ge=1, le=1000)
+    """Documents whose original text is read for an answer."""
+    top_k: int | None = Field(default=None, ge=1, le=10_000)
+    """Passages attended per router layer; None takes the checkpoint's own number."""
+    max_rounds: int = Field(default=2, ge=1, le=16)
+    max_evidence_tokens: int = Field(default=1024, ge=64)
+    max_new_tokens: int = Field(default=128, ge=1)
+    min_score: float | None = None
+    """Router score below which nothing counts as relevant; None takes the model's calibrated value."""
+    router_normalize: bool | None = None
+    """Force cosine routing on or off; None follows the checkpoint."""
+    max_document_chars: int = Field(default=20_000_000, ge=1)
+    max_question_tokens: int = Field(default=2048, ge=1)
+    max_metadata_bytes: int = Field(default=65_536, ge=0)
+    lock_timeout_s: float = Field(default=30.0, ge=0)
+
+    def __init__(self, **options: Any) -> None:
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"]))
+            raise ConfigError(
+                f"MemoryConfig option {name!r} is {first.get('input')!r}: {first['msg']}; "
+                f"known options are {', '.join(type(self).model_fields)}"
+            ) from error
+
+
+def cache_folder() -> Path:
+    """Where models are cached: ``MSA_MEMORY_CACHE`` or the user's cache folder."""
+    named = os.environ.get("MSA_MEMORY_CACHE")
+    return Path(named).expanduser() if named else user_cache_path("msa-memory")
+
+
+def default_model() -> str | None:
+    """The model named by ``MSA_MEMORY_MODEL``, if any."""
+    return os.environ.get("MSA_MEMORY_MODEL") or None

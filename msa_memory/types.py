@@ -1,0 +1,211 @@
+"""The values that cross the public API, and the one value that crosses between engine and storage.
+
+Knows nothing of models or databases. Public values are frozen pydantic models; ``TensorBytes`` is how
+the engine's states reach the storage without either knowing the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = [
+    "Answer",
+    "AnswerChunk",
+    "Context",
+    "Document",
+    "DocumentVersion",
+    "Explanation",
+    "ForgetReceipt",
+    "LayerExplanation",
+    "Page",
+    "Round",
+    "Source",
+    "Stats",
+    "TensorBytes",
+    "Timings",
+    "Usage",
+]
+
+Metadata = Mapping[str, Any]
+T = TypeVar("T")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Document(_Frozen):
+    """What the user added, at its current version."""
+
+    id: str
+    namespace: str
+    text: str
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    version: int = 1
+    timestamp: datetime
+    """When the remembered thing was said or happened (UTC); the time of adding unless given."""
+    created_at: datetime
+    updated_at: datetime
+    expires_at: datetime | None = None
+    source: str | None = None
+    trust: str | None = None
+    passages: int
+    tokens: int
+
+
+class DocumentVersion(_Frozen):
+    """One earlier or current version of a document."""
+
+    id: str
+    version: int
+    text: str
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    created_at: datetime
+    current: bool
+
+
+class Source(_Frozen):
+    """A piece of evidence: where it comes from, what it says and how well it matched."""
+
+    id: str
+    passage: int
+    """Passage number, unique in the bank and never reused."""
+    start: int
+    """First character of ``text`` in the document."""
+    end: int
+    text: str
+    score: float
+    """Mean cosine over the router layers, -1..1; higher is nearer."""
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    timestamp: datetime
+    cited: bool = False
+
+
+class Usage(_Frozen):
+    """Tokens the model read and wrote."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+class Timings(_Frozen):
+    """Seconds spent per stage of a query."""
+
+    route_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    total_s: float = 0.0
+
+
+class Round(_Frozen):
+    """One round of retrieval: the documents it brought in."""
+
+    number: int
+    documents: tuple[str, ...]
+
+
+class Answer(_Frozen):
+    """The model's answer with its evidence."""
+
+    text: str
+    found: bool
+    """False when nothing in the memory is relevant; the text then says so."""
+    sources: tuple[Source, ...] = ()
+    usage: Usage = Usage()
+    rounds: tuple[Round, ...] = ()
+    timings: Timings = Timings()
+    dropped: tuple[Source, ...] = ()
+    """Evidence that was chosen but did not fit ``max_evidence_tokens``."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class AnswerChunk(_Frozen):
+    """A piece of a streamed answer; only the last one carries ``answer``."""
+
+    text: str
+    answer: Answer | None = None
+
+
+class Context(_Frozen):
+    """A citable block of recalled text for any language model."""
+
+    text: str
+    sources: tuple[Source, ...] = ()
+
+
+class LayerExplanation(_Frozen):
+    """How one router layer judged the visible passages, best first."""
+
+    layer: int
+    passages: tuple[int, ...]
+    documents: tuple[str, ...]
+    scores: tuple[float, ...]
+
+
+class Explanation(_Frozen):
+    """Scores and choices of every router layer for one question."""
+
+    question: str
+    layers: tuple[LayerExplanation, ...]
+    sources: tuple[Source, ...]
+
+
+class ForgetReceipt(_Frozen):
+    """What was forgotten, when it was masked and when it was erased."""
+
+    ids: tuple[str, ...]
+    counts: dict[str, int]
+    """Rows removed by kind: documents, versions, passages."""
+    bytes_erased: int
+    masked_at: datetime | None
+    erased_at: datetime | None
+    beyond_reach: tuple[str, ...] = ()
+    dry_run: bool = False
+
+
+class Stats(_Frozen):
+    """Sizes of a bank, as seen from one namespace."""
+
+    namespace: str
+    documents: int
+    passages: int
+    tokens: int
+    namespaces: int
+    catalog_bytes: int
+    state_bytes: int
+    model: str | None
+    fingerprint: str | None
+    format_version: int
+
+
+class Page(_Frozen, Generic[T]):
+    """One page of a listing; iterate it, or read ``items`` and ``next_cursor``."""
+
+    items: tuple[T, ...]
+    next_cursor: str | None = None
+
+    def __iter__(self) -> Iterator[T]:  # type: ignore[override]
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorBytes:
+    """A tensor as plain bytes: dtype in safetensors' spelling, shape, little-endian row-major data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | memoryview
