@@ -69,9 +69,7 @@ class SequenceCache:
 
     def __init__(self, head: HeadStates, capacity: int) -> None:
         layers, groups, _, dim = head.keys.shape
-        self.layers = [
-            LayerCache(groups, dim, head.length + capacity, head.keys) for _ in range(layers)
-        ]
+        self.layers = [LayerCache(groups, dim, head.length + capacity, head.keys) for _ in range(layers)]
         for index, layer in enumerate(self.layers):
             layer.append(head.keys[index].transpose(0, 1), head.values[index].transpose(0, 1))
 

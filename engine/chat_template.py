@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -29,7 +29,7 @@ class _Refused(Exception):
 class _GenerationTag(Extension):
     """Accepts ``{% generation %}...{% endgeneration %}``, which marks assistant text for training."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
@@ -47,7 +47,9 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _strftime_now(pattern: str) -> str:
@@ -95,7 +97,8 @@ class ChatTemplate:
             ConfigError: the template refused these messages (``raise_exception``).
             CheckpointError: the template failed or tried something the sandbox forbids.
         """
-        values: dict[str, Any] = {"tools": None, "documents": None, **self._special_tokens, **(variables or {})}
+        values: dict[str, Any] = {"tools": None, "documents": None, **self._special_tokens}
+        values |= variables or {}
         values["messages"] = [dict(message) for message in messages]
         values["add_generation_prompt"] = add_generation_prompt
         try:

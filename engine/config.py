@@ -108,7 +108,11 @@ class MSAConfig:
         _check_choice("query_reduce_method", self.query_reduce, ("max", "mean", "last"))
         _check_choice("chunk_reduce_method", self.chunk_reduce, ("max", "mean"))
         _check_choice("aux_loss_method", self.aux_loss_method, AUX_LOSSES)
-        for name, value in (("top_k", self.top_k), ("chunk", self.chunk), ("router_chunk", self.router_chunk)):
+        for name, value in (
+            ("top_k", self.top_k),
+            ("chunk", self.chunk),
+            ("router_chunk", self.router_chunk),
+        ):
             if value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
         if list(self.router_layers) != sorted(set(self.router_layers)):

@@ -30,7 +30,8 @@ class Sequence:
     """One running question.
 
     ``position`` is the rotary position of the next token. ``selections`` and ``scores`` are per router
-    layer, from the last routing; ``scores`` follows ``view.numbers``.
+    layer, from the last routing: ``scores`` follows ``view.numbers``, ``queries`` are the router queries
+    ``[T, H, D]`` it used.
     """
 
     cache: SequenceCache
@@ -39,11 +40,18 @@ class Sequence:
     top_k: int = 16
     selections: dict[int, Selection] = field(default_factory=dict)
     scores: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+    queries: dict[int, Tensor] = field(default_factory=dict)
     fed_tokens: int = 0
 
     @classmethod
     def start(
-        cls, decoder: Decoder, head: HeadStates, *, position: int, view: BankView | None, top_k: int,
+        cls,
+        decoder: Decoder,
+        head: HeadStates,
+        *,
+        position: int,
+        view: BankView | None,
+        top_k: int,
         capacity: int = 256,
     ) -> Sequence:
         return cls(SequenceCache(head, capacity), position, view, top_k)
@@ -116,6 +124,7 @@ class _ContextAttention:
         query = self.decoder.attention(layer).router_query(h) if msa.decouple_router else q
         if msa.router_normalize:
             query = ops.normalize_heads(query)
+        row.queries[layer] = query
         scores = row.view.score(slot, query)
         row.scores[layer] = scores
         row.selections[layer] = row.view.select(scores, row.top_k)

@@ -191,7 +191,9 @@ class Decoder(nn.Module):
                 continue
             target = targets.get(name)
             if target is None:
-                raise CheckpointError(f"checkpoint tensor {name!r} has no place in a {self.config.model_type} model")
+                raise CheckpointError(
+                    f"checkpoint tensor {name!r} has no place in a {self.config.model_type} model"
+                )
             if target.shape != tensor.shape:
                 raise CheckpointError(
                     f"checkpoint tensor {name!r} has shape {tuple(tensor.shape)}, "

@@ -52,9 +52,7 @@ class _PassageReader:
         return ops.normalize_heads(pooled) if self.msa.router_normalize else pooled
 
     def states(self) -> PassageStates:
-        return PassageStates(
-            torch.stack(self.keys), torch.stack(self.values), torch.stack(self.router_keys)
-        )
+        return PassageStates(torch.stack(self.keys), torch.stack(self.values), torch.stack(self.router_keys))
 
 
 @torch.inference_mode()

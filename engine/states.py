@@ -70,7 +70,9 @@ def tensor_from_bytes(tensors: Mapping[str, TensorBytes], name: str) -> Tensor:
         raise StateDamagedError(f"the state block holds {sorted(tensors)}, expected a tensor {name!r}")
     dtype = _DTYPES.get(found.dtype)
     if dtype is None:
-        raise StateDamagedError(f"state tensor {name!r} has dtype {found.dtype}; expected {', '.join(_DTYPES)}")
+        raise StateDamagedError(
+            f"state tensor {name!r} has dtype {found.dtype}; expected {', '.join(_DTYPES)}"
+        )
     try:
         return torch.frombuffer(bytearray(found.data), dtype=dtype).view(found.shape)
     except (RuntimeError, ValueError) as error:

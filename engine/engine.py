@@ -1,0 +1,291 @@
+"""The engine: a loaded memory model that encodes texts, routes questions and generates answers.
+
+Knows tokens, states and scores. It does not know documents, namespaces or SQL: it is given passage
+numbers and a way to fetch their states.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+
+from msa_memory.engine import ops
+from msa_memory.engine.bank import BankView, MemoryBank, Selection
+from msa_memory.engine.checkpoint import Checkpoint, open_checkpoint
+from msa_memory.engine.config import MSAConfig, read_backbone, read_msa
+from msa_memory.engine.context import Feed, advance, route
+from msa_memory.engine.context import Sequence as Row
+from msa_memory.engine.decoder import Decoder
+from msa_memory.engine.encoding import encode_head, encode_passage
+from msa_memory.engine.fingerprint import fingerprint_files
+from msa_memory.engine.generation import Generation, decode
+from msa_memory.engine.layout import Layout, PromptLayout, read_layout
+from msa_memory.engine.passages import Span, split_passages
+from msa_memory.engine.sampling import SamplingOptions
+from msa_memory.engine.states import PassageStates
+from msa_memory.engine.tokenizer import Tokenizer
+from msa_memory.errors import ConfigError, ModelNotFoundError
+
+__all__ = ["Engine", "Routing", "load_engine"]
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What the routers think of every visible passage for one question.
+
+    ``scores`` ``[L, P]`` per router layer, masked passages -inf; ``numbers`` ``[P]`` passage numbers;
+    ``selections`` the top-k of each router layer.
+    """
+
+    numbers: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    selections: dict[int, Selection]
+    queries: dict[int, Tensor]
+    view: BankView
+    tokens: int
+
+    def mean(self) -> NDArray[np.float32]:
+        """Mean score over the router layers ``[P]``."""
+        mean: NDArray[np.float32] = self.scores.mean(axis=0)
+        return mean
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A memory model ready to run. Not thread-safe: one worker thread owns it."""
+
+    name: str
+    decoder: Decoder
+    msa: MSAConfig
+    tokenizer: Tokenizer
+    prompt: PromptLayout
+    fingerprint: str
+    calibration: dict[str, float] = field(default_factory=dict)
+    _head: list[Any] = field(default_factory=list)
+
+    @property
+    def max_positions(self) -> int:
+        return self.decoder.config.max_positions
+
+    def split(self, text: str, max_tokens: int) -> list[Span]:
+        """Cut a document into passages of at most ``max_tokens`` tokens."""
+        return split_passages(text, self.tokenizer.encode_with_offsets, max_tokens)
+
+    def encode(self, number: int, header: str, text: str) -> PassageStates:
+        """States of one passage under its number."""
+        return encode_passage(self.decoder, self.prompt.document(number, header, text))
+
+    def new_bank(self, fetch: Callable[[int], PassageStates]) -> MemoryBank:
+        """An empty bank of this model's states."""
+        return MemoryBank(self.msa, fetch, device=self.decoder.device)
+
+    def start(self, view: BankView | None, *, top_k: int | None = None, capacity: int = 256) -> Row:
+        """A new sequence behind the template head, at the question's first position."""
+        if not self._head:
+            self._head.append(encode_head(self.decoder, self.prompt.head))
+        return Row.start(
+            self.decoder,
+            self._head[0],
+            position=self.prompt.question_position,
+            view=view,
+            top_k=top_k or self.msa.top_k,
+            capacity=capacity,
+        )
+
+    def route(
+        self, question: str, view: BankView, *, top_k: int | None = None, evidence: str = ""
+    ) -> Routing:
+        """Score all visible passages for a question (router evidence, pass 1: no memory attention).
+
+        With ``evidence`` the newest evidence routes along with the question, as in a later round.
+        """
+        ids, routes = (
+            self.prompt.follow_up(evidence, question) if evidence else self.prompt.question(question)
+        )
+        row = self.start(view, top_k=top_k, capacity=len(ids))
+        route(self.decoder, [Feed(row, ids, routes)])
+        return Routing(
+            view.numbers,
+            np.stack([row.scores[layer] for layer in self.msa.router_layers]),
+            dict(row.selections),
+            dict(row.queries),
+            view,
+            len(ids),
+        )
+
+    def best_chunk(self, routing: Routing, number: int, header: str, text: str) -> tuple[int, int]:
+        """Characters of ``text`` that the routers score highest within one passage, one router chunk long."""
+        states = routing.view.fetch(number)
+        scores = [
+            ops.score_chunks(
+                routing.queries[layer].float(),
+                states.router_keys[slot].float().to(self.decoder.device),
+                head_reduce=self.msa.head_reduce,
+                query_reduce=self.msa.query_reduce,
+                scale=1.0,
+            )
+            for slot, layer in enumerate(self.msa.router_layers)
+        ]
+        best = int(torch.stack(scores).mean(0).argmax())
+        return self._characters(best, number, header, text)
+
+    def _characters(self, chunk: int, number: int, header: str, text: str) -> tuple[int, int]:
+        """Where a router chunk of an encoded passage lies in its text."""
+        before = header if self.prompt.layout.documents == "bare" else f"[{number}]. {header}"
+        _, offsets = self.tokenizer.encode_with_offsets(before + text)
+        skipped = len(self.prompt.document_start)
+        first = max(0, chunk * self.msa.router_chunk - skipped)
+        last = min(len(offsets) - 1, first + self.msa.router_chunk - 1)
+        first = min(first, last)
+        return max(0, offsets[first][0] - len(before)), max(0, min(len(text), offsets[last][1] - len(before)))
+
+    def read(
+        self,
+        view: BankView,
+        selections: dict[int, Selection],
+        evidence: str,
+        question: str,
+        options: SamplingOptions,
+    ) -> Generation:
+        """Prefill evidence and question over the chosen passages' states (pass 2); decode is next."""
+        ids = self.prompt.reading(evidence, question)
+        row = self.start(view, capacity=len(ids) + options.max_new_tokens)
+        row.attend_to(selections, {layer: slot for slot, layer in enumerate(self.msa.router_layers)})
+        logits = advance(self.decoder, [Feed(row, ids)])
+        return Generation(self.tokenizer, options, row, logits[0])
+
+    def decode(self, generation: Generation) -> Iterator[str]:
+        """Run a generation to its end, one token per step."""
+        return decode(self.decoder, generation)
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of user text."""
+        return len(self.tokenizer.encode(text))
+
+
+def load_engine(
+    path: Path,
+    *,
+    name: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    router_normalize: bool | None = None,
+) -> Engine:
+    """Load a checkpoint with its routers; ``name`` selects the routers this package ships for a backbone.
+
+    Raises:
+        CheckpointError: the files are damaged, incomplete or of an unsupported kind.
+        ModelNotFoundError: the checkpoint has no routers.
+        ConfigError: ``device`` or ``dtype`` is not usable here.
+    """
+    checkpoint = open_checkpoint(path)
+    routers = _shipped_routers(name)
+    config = {**checkpoint.config, **({"msa_config": routers.msa_config} if routers else {})}
+    msa = read_msa(config, router_normalize=router_normalize)
+    if msa is None:
+        raise ModelNotFoundError(
+            f"the checkpoint {path} has no memory routers (no msa_config); train some with "
+            "`python -m msa_memory.engine.train router` or open a model that has them"
+        )
+    decoder = _load_decoder(checkpoint, config, msa, routers, device, dtype)
+    tokenizer, layout = checkpoint.tokenizer(), read_layout(config)
+    return Engine(
+        name or path.name,
+        decoder,
+        msa,
+        tokenizer,
+        PromptLayout(layout, tokenizer, msa),
+        _fingerprint(checkpoint, routers, msa, layout, tokenizer),
+        dict(config["msa_config"].get("calibration") or {}),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Routers:
+    weights: Path
+    msa_config: dict[str, Any]
+
+
+def _shipped_routers(name: str | None) -> _Routers | None:
+    if name is None:
+        return None
+    folder = Path(str(files("msa_memory.engine"))) / "weights" / name
+    if not (folder / "router.json").is_file():
+        return None
+    msa_config = json.loads((folder / "router.json").read_text(encoding="utf-8"))
+    return _Routers(folder / "router.safetensors", msa_config)
+
+
+def _load_decoder(
+    checkpoint: Checkpoint,
+    config: dict[str, Any],
+    msa: MSAConfig,
+    routers: _Routers | None,
+    device: str,
+    dtype: str,
+) -> Decoder:
+    where, kind = _device(device), _dtype(dtype, config, device)
+    with torch.device("meta"):
+        decoder = Decoder(read_backbone(config), msa)
+    decoder = decoder.to(kind).to_empty(device=where).requires_grad_(False).eval()
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from checkpoint.tensors()
+        if routers is not None:
+            yield from load_file(routers.weights).items()
+
+    decoder.load(tensors())
+    return decoder
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device {device!r} is not one torch knows; use 'auto', 'cpu' or 'cuda:0'"
+        ) from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {device!r} was asked for, but torch sees no GPU here; use device='cpu'")
+    return found
+
+
+def _dtype(dtype: str, config: dict[str, Any], device: str) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype != "auto":
+        if dtype not in known:
+            raise ConfigError(f"dtype {dtype!r} is not supported; use 'auto' or one of {', '.join(known)}")
+        return known[dtype]
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    if stored not in ("bfloat16", "float16"):
+        return torch.float32
+    on_gpu = _device(device).type == "cuda"
+    fast = on_gpu or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _fingerprint(
+    checkpoint: Checkpoint, routers: _Routers | None, msa: MSAConfig, layout: Layout, tokenizer: Tokenizer
+) -> str:
+    """What decides the states: weights, routers, pooling, router layers, layout and tokenizer."""
+    weights = [*checkpoint.weight_files, *([routers.weights] if routers else [])]
+    settings = {**asdict(msa), "layout": layout.as_dict(), "tokenizer": tokenizer.digest()}
+    for unrelated in ("loss_weights", "aux_loss_method", "infonce_temperature", "evidence", "top_k"):
+        settings.pop(unrelated)
+    for reading in ("evidence_before", "evidence_after"):
+        settings["layout"].pop(reading)
+    parts = [fingerprint_files(weights), json.dumps(settings, sort_keys=True)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -1,0 +1,91 @@
+"""Decoding: one running answer, token by token, as text that is safe to show.
+
+Knows sampling, stop strings and stop tokens; the forward pass belongs to ``context``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from msa_memory.engine.context import Feed, Sequence, advance
+from msa_memory.engine.decoder import Decoder
+from msa_memory.engine.sampling import Sampler, SamplingOptions, StopScanner
+from msa_memory.engine.tokenizer import TextStream, Tokenizer
+
+__all__ = ["Generation", "decode", "decode_batch"]
+
+
+class Generation:
+    """What one sequence has generated so far.
+
+    ``finish_reason`` is None while it runs, then ``"stop"`` (a stop token or string) or ``"length"``.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, options: SamplingOptions, sequence: Sequence, logits: Tensor
+    ) -> None:
+        self.sequence = sequence
+        self.options = options
+        self.ids: list[int] = []
+        self.finish_reason: str | None = None
+        self._stop_ids = tokenizer.stop_ids
+        self._stream = TextStream(tokenizer, skip_special=True)
+        self._scanner = StopScanner(options.stop)
+        self._sampler = Sampler(options, logits.device)
+        self._text: list[str] = []
+        self.accept(logits)
+
+    @property
+    def text(self) -> str:
+        """All text shown so far."""
+        return "".join(self._text)
+
+    def accept(self, logits: Tensor) -> None:
+        """Choose the next token from logits ``[V]`` and work out what may be shown."""
+        token = self._sampler(logits)
+        self.ids.append(token)
+        if token in self._stop_ids:
+            self._finish("stop")
+            return
+        self._show(self._scanner.push(self._stream.push(token)))
+        if self._scanner.stopped:
+            self.finish_reason = "stop"
+        elif len(self.ids) >= self.options.max_new_tokens:
+            self._finish("length")
+
+    def take(self) -> str:
+        """Text that became showable since the last call."""
+        fresh, self._pending = self._pending, ""
+        return fresh
+
+    _pending: str = ""
+
+    def _show(self, text: str) -> None:
+        if text:
+            self._text.append(text)
+            self._pending += text
+
+    def _finish(self, reason: str) -> None:
+        self._show(self._scanner.push(self._stream.flush()))
+        self._show(self._scanner.flush())
+        self.finish_reason = reason
+
+
+def decode(decoder: Decoder, generation: Generation) -> Iterator[str]:
+    """Run one generation to its end; yields once per token, with the text it made showable (may be empty)."""
+    yield generation.take()
+    while generation.finish_reason is None:
+        logits = advance(decoder, [Feed(generation.sequence, generation.ids[-1:])])
+        generation.accept(logits[0])
+        yield generation.take()
+
+
+def decode_batch(decoder: Decoder, generations: list[Generation]) -> Iterator[None]:
+    """Run several generations together; a finished row leaves the batch at once. Yields once per step."""
+    while running := [g for g in generations if g.finish_reason is None]:
+        logits = advance(decoder, [Feed(g.sequence, g.ids[-1:]) for g in running])
+        for generation, row in zip(running, logits, strict=True):
+            generation.accept(row)
+        yield

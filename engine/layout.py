@@ -1,0 +1,122 @@
+"""How texts become the token runs a model was trained on: head, documents, question, evidence, answer.
+
+A checkpoint of ``model_type: msa`` gets the reference's literal strings (msa-spec sections 3 and 9); any
+other declares its own under ``msa_config["layout"]``. Control tokens come only from the strings here,
+never from user text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from datetime import date
+from typing import Any, Literal
+
+from msa_memory.engine.config import MSAConfig
+from msa_memory.engine.tokenizer import Tokenizer
+from msa_memory.errors import CheckpointError
+
+__all__ = ["Layout", "PromptLayout", "document_header", "read_layout"]
+
+REFERENCE_POSITION = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Literal strings around texts; see ``PromptLayout`` for how they are used.
+
+    ``documents`` is ``"numbered"`` for the reference's ``[i]. text[i]`` with its control tokens, ``"bare"``
+    for the header and text alone.
+    """
+
+    documents: Literal["numbered", "bare"] = "bare"
+    head: str = "<|im_start|>user\n"
+    tail: str = "<|im_end|>\n"
+    response: str = "<|im_start|>assistant\n"
+    document_start: str = "<|im_start|>"
+    document_end: str = "<|im_end|>"
+    question_before: str = ""
+    question_after: str = ""
+    delimiter: str = "<|object_ref_end|>"
+    reinjection_start: str = "<|im_start|>"
+    evidence_before: str = "Memories, oldest first:\n\n"
+    evidence_after: str = (
+        "\nAnswer the question in a few words, from the memories only. "
+        "If they disagree, the newest is right.\nQuestion: "
+    )
+
+    def as_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+REFERENCE_LAYOUT = Layout(
+    documents="numbered",
+    response="<|im_start|>",
+    question_before="\nPlease answer the question based on the above historical document information\n\n",
+    question_after="\nPlease return all documents related to the question\n",
+)
+
+
+def read_layout(config: Mapping[str, Any]) -> Layout:
+    """The layout a checkpoint declares, or its family's default. Raises CheckpointError for unknown keys."""
+    base = REFERENCE_LAYOUT if config.get("model_type") == "msa" else Layout()
+    declared = (config.get("msa_config") or {}).get("layout") or {}
+    known = {field.name for field in fields(Layout)}
+    unknown = sorted(set(declared) - known)
+    if unknown:
+        raise CheckpointError(
+            f"msa_config.layout has unknown keys {unknown}; expected some of {sorted(known)}"
+        )
+    return Layout(**{**base.as_dict(), **declared})
+
+
+def document_header(*, title: str | None, when: date | None, speaker: str | None) -> str:
+    """The line a bare document starts with: its title, date and speaker, as far as it has them."""
+    parts = [part for part in (title, when.isoformat() if when else None, speaker) if part]
+    return " | ".join(parts) + "\n" if parts else ""
+
+
+class PromptLayout:
+    """Token runs of one model: the layout's strings through its tokenizer."""
+
+    def __init__(self, layout: Layout, tokenizer: Tokenizer, msa: MSAConfig) -> None:
+        self.layout = layout
+        self.tokenizer = tokenizer
+        self.head = tokenizer.encode_prompt(layout.head)
+        self.tail = tokenizer.encode_prompt(layout.tail)
+        self.response = tokenizer.encode_prompt(layout.response)
+        numbered = layout.documents == "numbered"
+        self.document_start = tokenizer.encode_prompt(layout.document_start) if numbered else []
+        self.document_end = tokenizer.encode_prompt(layout.document_end) if numbered else []
+        start = REFERENCE_POSITION if msa.positions == "reference" else len(self.head)
+        self.question_position = start + msa.top_k
+
+    def document(self, number: int, header: str, text: str) -> list[int]:
+        """Ids of one passage as the model reads it into memory."""
+        if self.layout.documents == "bare":
+            return self.tokenizer.encode(header + text)
+        return [
+            *self.document_start,
+            *self.tokenizer.encode(f"[{number}]. {header}{text}[{number}]"),
+            *self.document_end,
+        ]
+
+    def question(self, question: str) -> tuple[list[int], list[bool]]:
+        """Ids of the question as it routes, and which of them route (tail and response head do not)."""
+        layout = self.layout
+        asked = self.tokenizer.encode(layout.question_before + question + layout.question_after)
+        if layout.documents == "bare":
+            return asked, [True] * len(asked)
+        rest = [*self.tail, *self.response]
+        return asked + rest, [True] * len(asked) + [False] * len(rest)
+
+    def follow_up(self, evidence: str, question: str) -> tuple[list[int], list[bool]]:
+        """Ids that route a later round of router evidence: the newest evidence, then the question."""
+        ids = self.tokenizer.encode(evidence + "\n") + self.tokenizer.encode(question)
+        return ids, [True] * len(ids)
+
+    def reading(self, evidence: str, question: str) -> list[int]:
+        """Ids of evidence and question up to where the answer starts (the head is not included)."""
+        layout = self.layout
+        body = layout.evidence_before + evidence + layout.evidence_after + question
+        return [*self.tokenizer.encode(body), *self.tail, *self.response]

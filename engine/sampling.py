@@ -1,0 +1,87 @@
+"""Choosing the next token, and stopping at strings that may span token boundaries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from msa_memory.errors import ConfigError
+
+__all__ = ["Sampler", "SamplingOptions", "StopScanner"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingOptions:
+    """``temperature`` 0 is greedy; otherwise nucleus sampling with ``top_p``, seeded when ``seed`` is given."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 0.9
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if not 0.0 <= self.temperature <= 100.0:
+            raise ConfigError(f"temperature is {self.temperature}; it must be between 0 (greedy) and 100")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if any(not stop for stop in self.stop):
+            raise ConfigError("a stop string is empty; give the text to stop at, or leave it out")
+
+
+class Sampler:
+    """Draws token ids from logits ``[V]``."""
+
+    def __init__(self, options: SamplingOptions, device: torch.device) -> None:
+        self.options = options
+        self.random: torch.Generator | None = None
+        if options.temperature > 0 and options.seed is not None:
+            self.random = torch.Generator(device).manual_seed(options.seed)
+
+    def __call__(self, logits: Tensor) -> int:
+        if self.options.temperature == 0:
+            return int(logits.argmax())
+        ranked, order = (logits / self.options.temperature).softmax(-1).sort(descending=True)
+        beyond = ranked.cumsum(0) - ranked >= self.options.top_p
+        kept = ranked.masked_fill(beyond, 0.0)
+        return int(order[torch.multinomial(kept, 1, generator=self.random)])
+
+
+class StopScanner:
+    """Passes text through until a stop string appears; holds back what might be the start of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = tuple(stops)
+        self.held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """Text that is safe to show; nothing more once a stop string was seen."""
+        if self.stopped:
+            return ""
+        self.held += text
+        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            safe, self.held = self.held[: min(found)], ""
+            return safe
+        keep = max((self._overlap(stop) for stop in self.stops), default=0)
+        safe, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return safe
+
+    def flush(self) -> str:
+        """What was held back, once no more text will come."""
+        rest, self.held = self.held, ""
+        return rest
+
+    def _overlap(self, stop: str) -> int:
+        """Length of the longest end of the held text that begins ``stop``."""
+        for size in range(min(len(stop) - 1, len(self.held)), 0, -1):
+            if self.held.endswith(stop[:size]):
+                return size
+        return 0

@@ -1,0 +1,6 @@
+"""Training of memory models: `python -m msa_memory.engine.train --help`.
+
+Router training on cached hidden states runs on a CPU in minutes; see ``router``.
+"""
+
+__all__: list[str] = []

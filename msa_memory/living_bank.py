@@ -1,0 +1,56 @@
+"""Keeps the engine's bank in step with the store: what any process added or forgot, at every query.
+
+The one place where stored bytes become engine states. Used on the worker thread only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from msa_memory.engine.bank import BankView
+from msa_memory.engine.engine import Engine
+from msa_memory.engine.states import PassageStates, tensor_from_bytes
+from msa_memory.errors import NotFoundError
+from msa_memory.persistence import PassageRecord, Store
+
+__all__ = ["LivingBank"]
+
+
+class LivingBank:
+    """All passages of one store, resident in one engine's bank."""
+
+    def __init__(self, store: Store, engine: Engine) -> None:
+        self.store = store
+        self.records: dict[int, PassageRecord] = {}
+        self.generation = 0
+        self.bank = engine.new_bank(self._fetch)
+
+    def refresh(self) -> None:
+        """Apply what happened since the last call."""
+        if self.store.generation() == self.generation:
+            return
+        changes = self.store.changes(self.generation)
+        removed = set(changes.removed)
+        for record in changes.added:
+            if record.number not in removed and record.number not in self.records:
+                keys = tensor_from_bytes(self.store.states(record), "router_keys")
+                self.bank.add(record.number, keys)
+                self.records[record.number] = record
+        gone = removed & self.records.keys()
+        if gone:
+            self.bank.remove(gone)
+            for number in gone:
+                del self.records[number]
+        self.generation = changes.generation
+
+    def view(self, namespace: str, where: Mapping[str, Any] | None) -> BankView:
+        """A snapshot of the passages one namespace shows through a filter."""
+        self.refresh()
+        return self.bank.view(self.store.visible(namespace, where))
+
+    def _fetch(self, number: int) -> PassageStates:
+        record = self.records.get(number)
+        if record is None:
+            raise NotFoundError(f"passage {number} was forgotten while it was being read; ask again")
+        return PassageStates.from_bytes(self.store.states(record))

@@ -1,0 +1,188 @@
+"""From router scores to evidence: which documents, which of their text, in what order.
+
+Knows passages, scores and token budgets; no tensors beyond score arrays and no SQL.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msa_memory.persistence import PassageRecord, PassageText
+from msa_memory.types import Source
+
+__all__ = ["Hit", "best_documents", "cite", "evidence_text", "fit_evidence", "to_source"]
+
+MIN_EXCERPT_TOKENS = 32
+_WORD = re.compile(r"\w+")
+_COMMON = frozenset(
+    ["a", "an", "and", "are", "as", "at", "be", "by", "did", "do", "does", "for", "from", "had", "has", "have", "he", "her", "his", "how", "i", "in", "is", "it", "its", "of", "on", "or", "she", "that", "the", "their", "them", "they", "this", "to", "was", "were", "what", "when", "where", "which", "who", "why", "will", "with", "you", "your"]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A document the routers rank, with its passages best first."""
+
+    document_id: str
+    score: float
+    passages: tuple[PassageRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Excerpt:
+    """A stretch of one passage that will be read."""
+
+    passage: PassageText
+    score: float
+    start: int
+    end: int
+    """Characters in the document."""
+
+    @property
+    def text(self) -> str:
+        return self.passage.document_text[self.start : self.end]
+
+
+def best_documents(
+    numbers: NDArray[np.int64],
+    scores: NDArray[np.float32],
+    records: dict[int, PassageRecord],
+    k: int,
+    skip: Iterable[str] = (),
+) -> list[Hit]:
+    """The k distinct documents whose best passage scores highest; fewer if fewer are visible.
+
+    ``scores`` ``[P]`` follow ``numbers`` ``[P]``; masked passages are -inf. Ties go to the older passage.
+    """
+    order = np.lexsort((numbers, -scores))
+    order = order[np.isfinite(scores[order])]
+    skipped = set(skip)
+    found: dict[str, list[tuple[float, PassageRecord]]] = {}
+    for index in order:
+        record = records[int(numbers[index])]
+        if record.document_id in skipped:
+            continue
+        if record.document_id not in found and len(found) == k:
+            break
+        found.setdefault(record.document_id, []).append((float(scores[index]), record))
+    return [
+        Hit(document, passages[0][0], tuple(record for _, record in passages))
+        for document, passages in found.items()
+    ]
+
+
+def fit_evidence(
+    hits: Sequence[Hit],
+    texts: dict[int, PassageText],
+    scores: dict[int, float],
+    budget: int,
+    count_tokens: Callable[[str], int],
+    best_chunk: Callable[[PassageText], tuple[int, int]],
+) -> tuple[list[Excerpt], list[Excerpt]]:
+    """What to read of each hit within ``budget`` tokens, and what was dropped, both best first.
+
+    Whole passages while they fit; otherwise documents share the budget and each is cut to its best chunk
+    with its neighbours. Documents that would get fewer than 32 tokens are dropped, lowest-ranked first.
+
+    Args:
+        best_chunk: characters, in the document, of a passage's best-scoring chunk.
+    """
+    whole = [_whole(texts[hit.passages[0].number], scores) for hit in hits]
+    most = max(1, budget // MIN_EXCERPT_TOKENS)
+    whole, dropped = whole[:most], whole[most:]
+    sizes = [count_tokens(excerpt.text) for excerpt in whole]
+    shares = _share(sizes, budget)
+    chosen = [
+        excerpt if size <= share else _around(excerpt, best_chunk(excerpt.passage), share / size)
+        for excerpt, size, share in zip(whole, sizes, shares, strict=True)
+    ]
+    left = budget - sum(min(size, share) for size, share in zip(sizes, shares, strict=True))
+    for hit in hits[:most]:
+        for record in hit.passages[1:]:
+            size = count_tokens(texts[record.number].text)
+            if size <= left:
+                left -= size
+                chosen.append(_whole(texts[record.number], scores))
+    return chosen, dropped
+
+
+def evidence_text(excerpts: Sequence[Excerpt]) -> str:
+    """The excerpts as the model reads them: dated, oldest first, so that the newest stands last."""
+    ordered = sorted(reversed(excerpts), key=lambda excerpt: excerpt.passage.timestamp)
+    return "\n".join(_entry(excerpt) for excerpt in ordered)
+
+
+def to_source(excerpt: Excerpt, *, cited: bool = False) -> Source:
+    """The public form of an excerpt."""
+    record = excerpt.passage.record
+    return Source(
+        id=record.document_id,
+        passage=record.number,
+        start=excerpt.start,
+        end=excerpt.end,
+        text=excerpt.text,
+        score=excerpt.score,
+        metadata=excerpt.passage.metadata,
+        timestamp=excerpt.passage.timestamp,
+        cited=cited,
+    )
+
+
+def cite(answer: str, question: str, sources: Sequence[Source]) -> tuple[Source, ...]:
+    """Mark the sources that carry the answer's own words (those the question did not bring)."""
+    wanted = _content_words(answer) - _content_words(question) or _content_words(answer)
+    shares = [len(wanted & _content_words(source.text)) / max(1, len(wanted)) for source in sources]
+    best = max(shares, default=0.0)
+    cited = [share >= 0.5 and share == best for share in shares]
+    return tuple(replace_cited(source, flag) for source, flag in zip(sources, cited, strict=True))
+
+
+def replace_cited(source: Source, cited: bool) -> Source:
+    """The same source, marked as cited or not."""
+    return source if source.cited == cited else source.model_copy(update={"cited": cited})
+
+
+def _content_words(text: str) -> set[str]:
+    return {word for word in _WORD.findall(text.lower()) if word not in _COMMON}
+
+
+def _entry(excerpt: Excerpt) -> str:
+    passage = excerpt.passage
+    head = passage.header.strip()
+    day = passage.timestamp.date().isoformat()
+    label = head if day in head else f"{day} | {head}" if head else day
+    return f"[{label}] {excerpt.text.strip()}\n"
+
+
+def _whole(passage: PassageText, scores: dict[int, float]) -> Excerpt:
+    record = passage.record
+    return Excerpt(passage, scores[record.number], record.start, record.end)
+
+
+def _share(sizes: Sequence[int], budget: int) -> list[int]:
+    """Split a budget fairly: small ones keep their size, what they leave goes to the large ones."""
+    shares, left = [0] * len(sizes), budget
+    order = sorted(range(len(sizes)), key=lambda index: sizes[index])
+    for place, index in enumerate(order):
+        shares[index] = min(sizes[index], left // (len(order) - place))
+        left -= shares[index]
+    return shares
+
+
+def _around(excerpt: Excerpt, chunk: tuple[int, int], part: float) -> Excerpt:
+    """Cut an excerpt to ``part`` of its characters around a chunk, at word ends."""
+    room = int((excerpt.end - excerpt.start) * part)
+    middle = (chunk[0] + chunk[1]) // 2
+    start = max(excerpt.start, min(middle - room // 2, excerpt.end - room))
+    end = min(excerpt.end, start + room)
+    text = excerpt.passage.document_text
+    while start > excerpt.start and start < end and not text[start - 1].isspace():
+        start += 1
+    while end < excerpt.end and end > start and not text[end].isspace():
+        end -= 1
+    return replace(excerpt, start=start, end=end)

@@ -1,0 +1,98 @@
+"""Loaded models, shared by every memory of the process.
+
+A ``Runtime`` is one model and the one thread that runs it. It loads on first use and is dropped when the
+last memory that uses it closes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from msa_memory.engine.models import DEFAULT_MODEL, resolve
+from msa_memory.engine.worker import Worker
+
+if TYPE_CHECKING:
+    from msa_memory.engine.engine import Engine
+
+__all__ = ["Runtime", "RuntimeKey", "acquire", "release"]
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeKey:
+    """What makes two memories share a model; ``name`` is a registered name, a path or a hub id."""
+
+    name: str
+    device: str = "auto"
+    dtype: str = "auto"
+    router_normalize: bool | None = None
+
+
+class Runtime:
+    """One model and its worker thread."""
+
+    def __init__(self, key: RuntimeKey) -> None:
+        self.key = key
+        self.worker = Worker(f"msa-memory {key.name}")
+        self.users = 0
+        self._engine: Engine | None = None
+
+    @property
+    def loaded(self) -> bool:
+        return self._engine is not None
+
+    def engine(self, *, allow_download: bool) -> Engine:
+        """The engine, loading it if need be. Call on the worker thread only."""
+        if self._engine is None:
+            from msa_memory.engine.engine import load_engine
+
+            path = resolve(self.key.name, allow_download=allow_download)
+            registered = self.key.name if not Path(self.key.name).expanduser().exists() else None
+            self._engine = load_engine(
+                path,
+                name=registered,
+                device=self.key.device,
+                dtype=self.key.dtype,
+                router_normalize=self.key.router_normalize,
+            )
+        return self._engine
+
+
+_runtimes: dict[RuntimeKey, Runtime] = {}
+_lock = threading.Lock()
+
+
+def acquire(key: RuntimeKey) -> Runtime:
+    """The runtime for ``key``, new or shared; pair with ``release``."""
+    with _lock:
+        runtime = _runtimes.get(key)
+        if runtime is None:
+            runtime = _runtimes[key] = Runtime(key)
+        runtime.users += 1
+        return runtime
+
+
+def release(runtime: Runtime) -> None:
+    """Give a runtime back; the last one to do so ends its thread and frees its weights."""
+    with _lock:
+        runtime.users -= 1
+        last = runtime.users == 0
+        if last:
+            _runtimes.pop(runtime.key, None)
+    if last:
+        runtime.worker.close()
+
+
+def model_name(given: str | Path | None, recorded: str | None, environment: str | None) -> str:
+    """Which model to use: the caller's, else the bank's, else the environment's, else the default."""
+    if given is not None:
+        path = Path(given).expanduser()
+        return str(path.absolute()) if path.exists() else str(given)
+    return recorded or environment or DEFAULT_MODEL
+
+
+Steps = Generator[Any, None, Any]
+Progress = Callable[[int, int], None]

@@ -1,0 +1,107 @@
+"""The values that cross between the memory and its storage.
+
+They know nothing of SQL, files or models. What people see of a document is ``msa_memory.types.Document``;
+these are the parts only the memory and its bank exchange. Passage numbers are unique in a bank and never
+given out twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from msa_memory.types import TensorBytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewPassage:
+    """One encoded passage on its way in; ``number`` comes from ``Store.reserve_numbers``."""
+
+    start: int
+    """First character in the document's text."""
+    end: int
+    """One past the last character."""
+    tokens: int
+    number: int
+    states: Mapping[str, TensorBytes]
+    header: str = ""
+    """What the model read before the passage (title, date, speaker)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewDocument:
+    """A validated document with its encoded passages, in reading order."""
+
+    id: str
+    namespace: str
+    text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    timestamp: datetime | None = None
+    """None means the moment of adding. A datetime without zone is UTC."""
+    expires_at: datetime | None = None
+    source: str | None = None
+    trust: str | None = None
+    passages: Sequence[NewPassage] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PassageRecord:
+    """Where a passage comes from and where its states lie."""
+
+    number: int
+    namespace: str
+    document_id: str
+    ordinal: int
+    """Position among the passages of its document, from 0."""
+    start: int
+    end: int
+    tokens: int
+    segment: str
+    """File name inside the ``states`` folder."""
+    offset: int
+    """Bytes from the start of the segment, a multiple of 8."""
+    length: int
+    """Bytes."""
+    checksum: int
+    """CRC-32 of the block's ``length`` bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassageText:
+    """A passage as evidence: its text and what is known about its document."""
+
+    record: PassageRecord
+    text: str
+    header: str
+    document_text: str
+    metadata: dict[str, Any]
+    timestamp: datetime
+    version: int
+    expires_at: datetime | None
+    source: str | None
+    trust: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What happened to a bank's passages after some generation, up to ``generation``.
+
+    Apply ``removed`` after ``added``: a passage that came and went in between may be in both.
+    """
+
+    generation: int
+    added: tuple[PassageRecord, ...]
+    removed: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BankIdentity:
+    """Which bank this is and which model wrote its states (None until the first one is bound)."""
+
+    bank_id: str
+    format_version: int
+    model: str | None
+    fingerprint: str | None
+    model_info: dict[str, Any]

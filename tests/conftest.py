@@ -1,0 +1,49 @@
+"""What every test shares: nothing on sys.path, no silent GPU skips, one Hypothesis profile.
+
+Fakes and builders that tests share live in msa_memory.testing: importlib mode cannot import one test file
+from another.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BARE_NAMES = ("engine", "integrations", "persistence")
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else its threads deadlock in the tests that fork
+
+hypothesis.settings.register_profile("dev", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give every GPU test a reason to be skipped where there is no CUDA device."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(
+            reason=f"no CUDA device: torch {torch.__version__}, CUDA {torch.version.cuda}"
+        )
+        for item in gpu_items:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def no_second_copy_of_the_package() -> Iterator[None]:
+    """Fail when something imported `engine` from the repository root instead of `msa_memory.engine`."""
+    yield
+    for name in BARE_NAMES:
+        origin = getattr(sys.modules.get(name), "__file__", None)
+        if origin and Path(origin).parent == ROOT / name:
+            pytest.fail(
+                f"`{name}` was imported from {origin}; import msa_memory.{name}, or every class exists twice"
+            )
