@@ -31,7 +31,7 @@ class Sequence:
 
     ``position`` is the rotary position of the next token. ``selections`` and ``scores`` are per router
     layer, from the last routing: ``scores`` follows ``view.numbers``, ``queries`` are the router queries
-    ``[T, H, D]`` it used.
+    ``[T, H, D]`` it used. ``carried`` queries of earlier tokens route along with every later routing.
     """
 
     cache: SequenceCache
@@ -41,6 +41,7 @@ class Sequence:
     selections: dict[int, Selection] = field(default_factory=dict)
     scores: dict[int, NDArray[np.float32]] = field(default_factory=dict)
     queries: dict[int, Tensor] = field(default_factory=dict)
+    carried: dict[int, Tensor] = field(default_factory=dict)
     fed_tokens: int = 0
 
     @classmethod
@@ -124,6 +125,8 @@ class _ContextAttention:
         query = self.decoder.attention(layer).router_query(h) if msa.decouple_router else q
         if msa.router_normalize:
             query = ops.normalize_heads(query)
+        if layer in row.carried:
+            query = torch.cat((row.carried[layer], query))
         row.queries[layer] = query
         scores = row.view.score(slot, query)
         row.scores[layer] = scores

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,12 @@ from msa_memory.engine.decoder import Decoder
 from msa_memory.engine.encoding import encode_head, encode_passage
 from msa_memory.engine.fingerprint import fingerprint_files
 from msa_memory.engine.generation import Generation, decode
+from msa_memory.engine.id_grammar import RetrievalTokens
+from msa_memory.engine.interleave import Interleave, InterleaveOptions, Texts
 from msa_memory.engine.layout import Layout, PromptLayout, read_layout
 from msa_memory.engine.passages import Span, split_passages
 from msa_memory.engine.sampling import SamplingOptions
-from msa_memory.engine.states import PassageStates
+from msa_memory.engine.states import HeadStates, PassageStates
 from msa_memory.engine.tokenizer import Tokenizer
 from msa_memory.errors import ConfigError, ModelNotFoundError
 
@@ -61,7 +64,7 @@ class Routing:
         return mean
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False)
 class Engine:
     """A memory model ready to run. Not thread-safe: one worker thread owns it."""
 
@@ -72,7 +75,16 @@ class Engine:
     prompt: PromptLayout
     fingerprint: str
     calibration: dict[str, float] = field(default_factory=dict)
-    _head: list[Any] = field(default_factory=list)
+
+    @cached_property
+    def head(self) -> HeadStates:
+        """Keys and values of the template head, computed once."""
+        return encode_head(self.decoder, self.prompt.head)
+
+    @cached_property
+    def retrieval_tokens(self) -> RetrievalTokens:
+        """The tokens that may occur while the model names passages."""
+        return RetrievalTokens(self.tokenizer, self.prompt.layout.delimiter)
 
     @property
     def max_positions(self) -> int:
@@ -92,11 +104,9 @@ class Engine:
 
     def start(self, view: BankView | None, *, top_k: int | None = None, capacity: int = 256) -> Row:
         """A new sequence behind the template head, at the question's first position."""
-        if not self._head:
-            self._head.append(encode_head(self.decoder, self.prompt.head))
         return Row.start(
             self.decoder,
-            self._head[0],
+            self.head,
             position=self.prompt.question_position,
             view=view,
             top_k=top_k or self.msa.top_k,
@@ -164,6 +174,27 @@ class Engine:
         row.attend_to(selections, {layer: slot for slot, layer in enumerate(self.msa.router_layers)})
         logits = advance(self.decoder, [Feed(row, ids)])
         return Generation(self.tokenizer, options, row, logits[0])
+
+    def interleave(
+        self,
+        view: BankView,
+        question: str,
+        texts: Texts,
+        options: InterleaveOptions,
+        *,
+        top_k: int | None = None,
+    ) -> Interleave:
+        """A question to be answered by generating passage numbers, reading their texts, and so on."""
+        return Interleave(
+            self.decoder,
+            self.prompt,
+            self.retrieval_tokens,
+            start=lambda: self.start(view, top_k=top_k),
+            view=view,
+            texts=texts,
+            question=question,
+            options=options,
+        )
 
     def decode(self, generation: Generation) -> Iterator[str]:
         """Run a generation to its end, one token per step."""

@@ -7,7 +7,7 @@ never from user text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import date
 from typing import Any, Literal
@@ -109,6 +109,23 @@ class PromptLayout:
             return asked, [True] * len(asked)
         rest = [*self.tail, *self.response]
         return asked + rest, [True] * len(asked) + [False] * len(rest)
+
+    def later_question_routes(self, question: str) -> list[bool]:
+        """Which of ``question``'s ids route in later rounds: all routing ones but a closing newline."""
+        ids, routes = self.question(question)
+        last = max(index for index, routing in enumerate(routes) if routing)
+        if self.tokenizer.decode([ids[last]]) == "\n":
+            routes[last] = False
+        return routes
+
+    def injection(self, passages: Sequence[tuple[int, str]]) -> list[int]:
+        """Ids of original texts under their numbers, without the delimiters around them."""
+        return self.tokenizer.encode("".join(f"[{number}]. {text}\n" for number, text in passages))
+
+    def reinjection(self, question: str) -> list[int]:
+        """Ids of the question as it is asked again before the answer, without the closing delimiter."""
+        asked = self.tokenizer.encode(f"The user's question is: {question}\n")
+        return [*self.tokenizer.encode_prompt(self.layout.reinjection_start), *asked]
 
     def follow_up(self, evidence: str, question: str) -> tuple[list[int], list[bool]]:
         """Ids that route a later round of router evidence: the newest evidence, then the question."""

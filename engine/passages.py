@@ -17,6 +17,9 @@ _PARAGRAPH = re.compile(r"\n\s*\n")
 _SENTENCE = re.compile(r"[.!?。！？][\"'”’)\]]*\s+|\n")
 _SPACE = re.compile(r"\s+")
 WINDOW_CHARS = 65_536
+"""Most characters looked at for one passage."""
+CHARS_PER_TOKEN = 6
+"""Of ordinary text, at most; a window is doubled where it has fewer tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +44,7 @@ def split_passages(text: str, encode: Offsets, max_tokens: int) -> list[Span]:
     spans: list[Span] = []
     start = 0
     while start < len(text):
-        window = text[start : start + WINDOW_CHARS]
-        ids, offsets = encode(window)
+        window, ids, offsets = _window(text, start, encode, max_tokens)
         if len(ids) <= max_tokens and start + len(window) == len(text):
             spans.append(Span(start, len(text), len(ids)))
             break
@@ -55,6 +57,19 @@ def split_passages(text: str, encode: Offsets, max_tokens: int) -> list[Span]:
         spans.append(Span(start, start + size, count))
         start += size
     return spans
+
+
+def _window(
+    text: str, start: int, encode: Offsets, max_tokens: int
+) -> tuple[str, list[int], list[tuple[int, int]]]:
+    """Text from ``start`` on that takes more than ``max_tokens`` tokens, if so much is left, and its tokens."""
+    chars = min(WINDOW_CHARS, CHARS_PER_TOKEN * max_tokens)
+    while True:
+        window = text[start : start + chars]
+        ids, offsets = encode(window)
+        if len(ids) > max_tokens or chars >= WINDOW_CHARS or start + chars >= len(text):
+            return window, ids, offsets
+        chars = min(WINDOW_CHARS, 2 * chars)
 
 
 def _room(offsets: list[tuple[int, int]], max_tokens: int, size: int) -> int:

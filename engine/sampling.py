@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from msa_memory.errors import ConfigError
 
 __all__ = ["Sampler", "SamplingOptions", "StopScanner"]
+
+COLDEST = 1e-6
+"""Below this temperature sampling is greedy but for ties, and a division by it would overflow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,14 +28,23 @@ class SamplingOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if not 0.0 <= self.temperature <= 100.0:
-            raise ConfigError(f"temperature is {self.temperature}; it must be between 0 (greedy) and 100")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if any(not stop for stop in self.stop):
-            raise ConfigError("a stop string is empty; give the text to stop at, or leave it out")
+        if not _is_number(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise ConfigError(
+                f"max_new_tokens is {self.max_new_tokens!r}; it must be a whole number of at least 1"
+            )
+        if not _is_number(self.temperature) or not 0.0 <= self.temperature <= 100.0:
+            raise ConfigError(
+                f"temperature is {self.temperature!r}; it must be a number between 0 (greedy) and 100"
+            )
+        if not _is_number(self.top_p) or not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"top_p is {self.top_p!r}; it must be a number above 0 and at most 1")
+        for stop in self.stop:
+            if not isinstance(stop, str) or not stop:
+                raise ConfigError(f"a stop string is {stop!r}; give the text to stop at, or leave it out")
+
+
+def _is_number(value: object, kinds: Any = (int, float)) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 class Sampler:
@@ -46,14 +59,18 @@ class Sampler:
     def __call__(self, logits: Tensor) -> int:
         if self.options.temperature == 0:
             return int(logits.argmax())
-        ranked, order = (logits / self.options.temperature).softmax(-1).sort(descending=True)
+        scaled = (logits.float() - logits.max()) / max(self.options.temperature, COLDEST)
+        ranked, order = scaled.softmax(-1).sort(descending=True)
         beyond = ranked.cumsum(0) - ranked >= self.options.top_p
         kept = ranked.masked_fill(beyond, 0.0)
         return int(order[torch.multinomial(kept, 1, generator=self.random)])
 
 
 class StopScanner:
-    """Passes text through until a stop string appears; holds back what might be the start of one."""
+    """Passes text through until a stop string is complete; holds back what might be the start of one.
+
+    Where several stop strings overlap the one that is complete first counts, however the text was cut.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = tuple(stops)
@@ -65,10 +82,10 @@ class StopScanner:
         if self.stopped:
             return ""
         self.held += text
-        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self.stops if (at := self.held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            safe, self.held = self.held[: min(found)], ""
+            safe, self.held = self.held[: min(found)[1]], ""
             return safe
         keep = max((self._overlap(stop) for stop in self.stops), default=0)
         safe, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]

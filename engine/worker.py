@@ -11,7 +11,8 @@ import asyncio
 import queue
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator
+from contextlib import aclosing
 from typing import Any, Generic, TypeVar
 
 from msa_memory.errors import EngineError
@@ -44,6 +45,7 @@ class Job(Generic[T, R]):
     def __iter__(self) -> Iterator[T]:
         while (value := self.values.get()) is not _END:
             yield value
+        self.values.put(_END)  # for whoever asks again
         if self._error is not None:
             raise self._error
 
@@ -98,7 +100,7 @@ class Worker:
 
     def run(self, steps: Steps[Any, R]) -> R:
         """Run a generator to its end and return its result. On the worker thread itself: run it inline."""
-        if threading.current_thread() is self._thread:
+        if self._is_current():
             return _drain(steps)
         job = self.start(steps)
         try:
@@ -107,8 +109,22 @@ class Worker:
             job.cancel()
             raise
 
+    def run_all(self, all_steps: Iterable[Steps[Any, R]]) -> list[R]:
+        """Run several generators together; their results in order. One failure cancels the others."""
+        if self._is_current():
+            return [_drain(steps) for steps in all_steps]
+        jobs = [self.start(steps) for steps in all_steps]
+        try:
+            return [job.result() for job in jobs]
+        finally:
+            for job in jobs:
+                job.cancel()
+
     def stream(self, steps: Steps[T, Any]) -> Iterator[T]:
         """Yield a generator's values as they come; closing the iterator stops the job."""
+        if self._is_current():
+            yield from (value for value in steps if value is not None)
+            return
         job = self.start(steps)
         try:
             yield from job
@@ -117,16 +133,27 @@ class Worker:
 
     async def arun(self, steps: Steps[Any, R]) -> R:
         """``run`` for asyncio: the loop is never blocked; cancelling the task cancels the job."""
-        result: R | None = None
-        async for _ in self._avalues(job := self._start_async(steps)):
-            pass
-        result = job[0]._result
-        return result  # type: ignore[return-value]
+        job, ready = self._start_async(steps)
+        async with aclosing(self._avalues(job, ready)) as values:
+            async for _ in values:
+                pass
+        return job._result  # type: ignore[return-value]
 
-    async def astream(self, steps: Steps[T, Any]) -> AsyncIterator[T]:
+    async def arun_all(self, all_steps: Iterable[Steps[Any, R]]) -> list[R]:
+        """``run_all`` for asyncio."""
+        tasks = [asyncio.ensure_future(self.arun(steps)) for steps in all_steps]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def astream(self, steps: Steps[T, Any]) -> AsyncGenerator[T, None]:
         """``stream`` for asyncio."""
-        async for value in self._avalues(self._start_async(steps)):
-            yield value
+        job, ready = self._start_async(steps)
+        async with aclosing(self._avalues(job, ready)) as values:
+            async for value in values:
+                yield value
 
     def close(self) -> None:
         """Finish queued jobs and end the thread."""
@@ -135,8 +162,11 @@ class Worker:
                 return
             self._closed = True
             self._inbox.put(None)
-        if self._thread is not None and self._thread is not threading.current_thread():
+        if self._thread is not None and not self._is_current():
             self._thread.join()
+
+    def _is_current(self) -> bool:
+        return threading.current_thread() is self._thread
 
     def _start_async(self, steps: Steps[T, R]) -> tuple[Job[T, R], asyncio.Event]:
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
@@ -150,8 +180,7 @@ class Worker:
         job = self.start(steps, notify)
         return job, ready
 
-    async def _avalues(self, started: tuple[Job[T, Any], asyncio.Event]) -> AsyncIterator[T]:
-        job, ready = started
+    async def _avalues(self, job: Job[T, Any], ready: asyncio.Event) -> AsyncGenerator[T, None]:
         try:
             while True:
                 await ready.wait()

@@ -7,9 +7,10 @@ things; scoring belongs to the engine, choosing text to ``recall``, rows to the 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +18,24 @@ from numpy.typing import NDArray
 from msa_memory.config import MemoryConfig
 from msa_memory.engine.bank import BankView
 from msa_memory.engine.engine import Engine, Routing
+from msa_memory.engine.generation import Generation
+from msa_memory.engine.interleave import ANSWER_PREFIX, InterleaveOptions
 from msa_memory.engine.sampling import SamplingOptions
-from msa_memory.errors import ConfigError, LimitError
+from msa_memory.errors import ConfigError, InvalidDocumentError, LimitError, NotFoundError
 from msa_memory.living_bank import LivingBank
 from msa_memory.persistence import PassageText, Store
-from msa_memory.recall import Excerpt, Hit, best_documents, cite, evidence_text, fit_evidence, to_source
+from msa_memory.recall import (
+    MIN_EXCERPT_TOKENS,
+    Excerpt,
+    Hit,
+    best_documents,
+    citation,
+    cite,
+    evidence_entry,
+    evidence_text,
+    fit_evidence,
+    to_source,
+)
 from msa_memory.types import (
     Answer,
     AnswerChunk,
@@ -37,8 +51,16 @@ from msa_memory.types import (
 __all__ = ["AnswerOptions", "Asking", "NOTHING_FOUND"]
 
 NOTHING_FOUND = "I don't know: nothing in this memory answers that."
+NOTHING_STORED = "I don't know: this memory is empty."
+NOTHING_MATCHES = "I don't know: nothing in this memory matches the filter."
+MOST_CITATIONS = 9999
+WINDOW_RESERVE = 32
+"""Tokens of the context window left free: joined entries may take some more than each alone."""
+FRESH_STARTS = 8
+"""How often a question starts over when what it reads is forgotten or replaced meanwhile."""
 EXPLAINED_PASSAGES = 20
 Scores = NDArray[np.float32]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +75,19 @@ class AnswerOptions:
     max_new_tokens: int | None = None
     temperature: float = 0.0
     stop: str | Sequence[str] | None = None
-    evidence: Literal["auto", "router"] = "auto"
+    evidence: Literal["auto", "router", "generative"] = "auto"
     max_evidence_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        if self.stop is not None and not isinstance(self.stop, str | Sequence):
+            raise ConfigError(f"stop is {self.stop!r}; expected a string or a list of strings")
+        self.sampling(MemoryConfig())  # checks temperature and stop
         for name in ("top_k", "k", "max_rounds", "max_new_tokens", "max_evidence_tokens"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        if self.evidence not in ("auto", "router"):
-            raise ConfigError(f"evidence is {self.evidence!r}; expected 'auto' or 'router'")
+        if not isinstance(self.evidence, str) or self.evidence not in ("auto", "router", "generative"):
+            raise ConfigError(f"evidence is {self.evidence!r}; expected 'auto', 'router' or 'generative'")
 
     def sampling(self, config: MemoryConfig) -> SamplingOptions:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -117,13 +142,15 @@ class Asking:
 
     def context(self) -> Generator[None, None, Context]:
         """The evidence as one citable block."""
-        view = self._view()
-        recalled = yield from self._recall(view, self._route(view))
+        budget = self.options.max_evidence_tokens or self.config.max_evidence_tokens
+        render = partial(citation, MOST_CITATIONS)
+
+        def recall(view: BankView) -> Generator[None, None, _Recalled]:
+            return (yield from self._recall(view, self._route(view), budget, render))
+
+        recalled = yield from self._undisturbed(self._view(), recall)
         return Context(
-            text="\n".join(
-                f"[{number}] ({excerpt.passage.timestamp.date().isoformat()}) {excerpt.text.strip()}"
-                for number, excerpt in enumerate(recalled.excerpts, 1)
-            ),
+            text="\n".join(citation(number, excerpt) for number, excerpt in enumerate(recalled.excerpts, 1)),
             sources=tuple(to_source(excerpt) for excerpt in recalled.excerpts),
         )
 
@@ -140,42 +167,98 @@ class Asking:
         return Explanation(question=self.options.question, layers=tuple(layers), sources=tuple(sources))
 
     def answer(self) -> Generator[AnswerChunk | None, None, Answer]:
-        """Route, read, answer; yields text as it becomes safe to show, at the end the whole Answer."""
-        started = time.perf_counter()
+        """Retrieve, read, answer; yields text as it becomes safe to show, at the end the whole Answer."""
+        clock = _Clock()
         view = self._view()
-        routing = self._route(view)
-        yield None
-        best = float(routing.mean().max(initial=-np.inf))
-        if len(view) == 0 or best < self._min_score():
-            answer = self._nothing(routing, started)
-            yield AnswerChunk(text=answer.text)
-            yield AnswerChunk(text="", answer=answer)
-            return answer
-        recalled = yield from self._recall(view, routing)
-        routed = time.perf_counter()
-        options = self.options.sampling(self.config)
-        evidence = evidence_text(recalled.excerpts)
-        generation = self.engine.read(view, routing.selections, evidence, self.options.question, options)
-        read = time.perf_counter()
-        for text in self.engine.decode(generation):
-            yield AnswerChunk(text=text) if text else None
-        done = time.perf_counter()
-        answer = self._answer(generation.text, recalled).model_copy(
-            update={
-                "usage": Usage(
-                    prompt_tokens=recalled.tokens + generation.sequence.fed_tokens - len(generation.ids) + 1,
-                    completion_tokens=len(generation.ids),
-                ),
-                "timings": Timings(
-                    route_s=routed - started,
-                    prefill_s=read - routed,
-                    decode_s=done - read,
-                    total_s=done - started,
-                ),
-            }
-        )
+        if self._evidence() == "generative" and len(view):
+            answer = yield from self._interleaved(view, clock)
+        else:
+            answer = yield from self._routed(view, clock)
         yield AnswerChunk(text="", answer=answer)
         return answer
+
+    def _routed(self, view: BankView, clock: _Clock) -> Generator[AnswerChunk | None, None, Answer]:
+        """Router evidence: the routers' own scores name the passages that are read."""
+        budget = self._budget()
+        recalled, generation = yield from self._undisturbed(
+            view, lambda view: self._read(view, budget, clock)
+        )
+        if generation is None:
+            text = yield from _shown((), otherwise=self._why_nothing(view))
+            return self._answer("", text, recalled, Usage(prompt_tokens=recalled.tokens), clock)
+        text = yield from _shown(self.engine.decode(generation))
+        clock.lap("decode_s")
+        prompt_tokens = recalled.tokens + generation.sequence.fed_tokens - len(generation.ids) + 1
+        usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=len(generation.ids))
+        return self._answer(generation.text, text, recalled, usage, clock)
+
+    def _read(
+        self, view: BankView, budget: int, clock: _Clock
+    ) -> Generator[None, None, tuple[_Recalled, Generation | None]]:
+        """Retrieve and prefill the evidence; no generation where nothing is relevant."""
+        routing = self._route(view)
+        yield
+        best = float(routing.mean().max(initial=-np.inf))
+        if len(view) == 0 or best < self._min_score():
+            clock.lap("route_s")
+            return _Recalled(tokens=routing.tokens), None
+        recalled = yield from self._recall(view, routing, budget, evidence_entry)
+        clock.lap("route_s")
+        generation = self.engine.read(
+            view,
+            routing.selections,
+            evidence_text(recalled.excerpts),
+            self.options.question,
+            self.options.sampling(self.config),
+        )
+        clock.lap("prefill_s")
+        return recalled, generation
+
+    def _undisturbed(
+        self, view: BankView, attempt: Callable[[BankView], Generator[None, None, T]]
+    ) -> Generator[None, None, T]:
+        """The attempt's result; it starts over where a passage was forgotten or replaced meanwhile."""
+        for _ in range(FRESH_STARTS):
+            try:
+                return (yield from attempt(view))
+            except NotFoundError:
+                view = self._view()
+        return (yield from attempt(view))
+
+    def _interleaved(self, view: BankView, clock: _Clock) -> Generator[AnswerChunk | None, None, Answer]:
+        """Generative evidence: the model names the passages itself, round by round."""
+        read: dict[int, PassageText] = {}
+
+        def texts(numbers: Sequence[int]) -> dict[int, str]:
+            found = self.store.passages(numbers)
+            read.update(found)
+            return {number: passage.text for number, passage in found.items()}
+
+        options = InterleaveOptions(
+            max_rounds=self.options.max_rounds or self.config.max_rounds,
+            k=self.options.k or self.config.k,
+            reprefill=self.config.interleave_reprefill,
+            bidirectional=self.config.interleave_bidirectional,
+        )
+        top_k = self.options.top_k or self.config.top_k
+        asking = self.engine.interleave(view, self.options.question, texts, options, top_k=top_k)
+        shown = yield from _shown(asking.run(self.options.sampling(self.config)), opening=ANSWER_PREFIX)
+        clock.lap("decode_s")
+        generation = asking.result.generation
+        assert generation is not None
+        scores = asking.mean_scores()
+        excerpts = [
+            Excerpt(read[number], scores.get(number, 0.0), read[number].record.start, read[number].record.end)
+            for named in asking.result.rounds
+            for number in named
+        ]
+        rounds = [
+            Round(number=place, documents=tuple(dict.fromkeys(read[n].record.document_id for n in named)))
+            for place, named in enumerate(asking.result.rounds, 1)
+        ]
+        usage = Usage(prompt_tokens=asking.result.fed_tokens, completion_tokens=len(generation.ids))
+        text = generation.text.strip().removeprefix(ANSWER_PREFIX)
+        return self._answer(text, shown, _Recalled(rounds=rounds, excerpts=excerpts), usage, clock)
 
     # steps
 
@@ -191,19 +274,49 @@ class Asking:
         self._check_length()
         return self.bank.view(self.namespace, self.options.where)
 
+    def _evidence(self) -> str:
+        asked = self.options.evidence
+        return self.engine.msa.evidence if asked == "auto" else asked
+
     def _check_length(self) -> None:
         tokens = self.engine.count_tokens(self.options.question)
+        if not tokens:
+            raise InvalidDocumentError(
+                f"the question {self.options.question!a} has no character this model can read; ask in words"
+            )
         if tokens > self.config.max_question_tokens:
             raise LimitError(
                 f"the question has {tokens} tokens; the limit is {self.config.max_question_tokens} "
                 "(MemoryConfig.max_question_tokens)"
             )
 
+    def _budget(self) -> int:
+        """Tokens of evidence that the options allow and the model's context window has room for."""
+        asked = self.options.max_evidence_tokens or self.config.max_evidence_tokens
+        prompt, answer = self.engine.prompt, self.options.sampling(self.config).max_new_tokens
+        fixed = prompt.question_position + len(prompt.reading("", self.options.question)) + WINDOW_RESERVE
+        room = self.engine.max_positions - fixed - answer
+        if room < MIN_EXCERPT_TOKENS:
+            raise LimitError(
+                f"the question and instructions take {fixed} tokens and max_new_tokens is {answer}; the "
+                f"model's window of {self.engine.max_positions} leaves no room for evidence: ask for less"
+            )
+        return min(asked, room)
+
+    def _why_nothing(self, view: BankView) -> str:
+        if len(view):
+            return NOTHING_FOUND
+        if self.options.where:
+            return NOTHING_MATCHES
+        return NOTHING_FOUND if self.store.count(self.namespace) else NOTHING_STORED
+
     def _route(self, view: BankView, evidence: str = "") -> Routing:
         top_k = self.options.top_k or self.config.top_k
         return self.engine.route(self.options.question, view, top_k=top_k, evidence=evidence)
 
-    def _recall(self, view: BankView, routing: Routing) -> Generator[None, None, _Recalled]:
+    def _recall(
+        self, view: BankView, routing: Routing, budget: int, render: Callable[[Excerpt], str]
+    ) -> Generator[None, None, _Recalled]:
         """Rounds of retrieval, then the evidence that fits the budget."""
         recalled = _Recalled()
         k = self.options.k or self.config.k
@@ -211,8 +324,8 @@ class Asking:
         for number in range(rounds):
             share = k // rounds + (1 if number < k % rounds else 0)
             if number:
-                newest = evidence_text(self._fit(routing, recalled.hits[-1:], recalled.scores)[0])
-                routing = self._route(view, newest)
+                newest = self._fit(routing, recalled.hits[-1:], recalled.scores, budget, evidence_entry)[0]
+                routing = self._route(view, evidence_text(newest))
                 yield
             hits = best_documents(
                 routing.numbers,
@@ -230,7 +343,9 @@ class Asking:
                 {number: score for number, score in zip(routing.numbers.tolist(), routing.mean().tolist(), strict=True)
                  if number not in recalled.scores}
             )  # fmt: skip
-        recalled.excerpts, recalled.dropped = self._fit(routing, recalled.hits, recalled.scores)
+        recalled.excerpts, recalled.dropped = self._fit(
+            routing, recalled.hits, recalled.scores, budget, render
+        )
         return recalled
 
     def _rounds(self, routing: Routing, k: int) -> int:
@@ -245,7 +360,12 @@ class Asking:
         return 1 if confident else most
 
     def _fit(
-        self, routing: Routing, hits: Sequence[Hit], scores: dict[int, float]
+        self,
+        routing: Routing,
+        hits: Sequence[Hit],
+        scores: dict[int, float],
+        budget: int,
+        render: Callable[[Excerpt], str],
     ) -> tuple[list[Excerpt], list[Excerpt]]:
         texts = self.store.passages([record.number for hit in hits for record in hit.passages])
         kept = [
@@ -254,13 +374,12 @@ class Asking:
             )
             for hit in hits
         ]
-        budget = self.options.max_evidence_tokens or self.config.max_evidence_tokens
         return fit_evidence(
             [hit for hit in kept if hit.passages],
             texts,
             scores,
             budget,
-            self.engine.count_tokens,
+            lambda excerpt: self.engine.count_tokens(render(excerpt)),
             lambda passage: self._best_chunk(routing, passage),
         )
 
@@ -277,27 +396,67 @@ class Asking:
 
     def _explain_layer(self, view: BankView, layer: int, scores: Scores) -> LayerExplanation:
         chosen = view.select(scores, EXPLAINED_PASSAGES)
-        documents = tuple(self.bank.records[number].document_id for number in chosen.numbers)
+        ranked = zip(chosen.numbers, chosen.scores, strict=True)
+        known = [(number, score) for number, score in ranked if number in self.bank.records]
         return LayerExplanation(
-            layer=layer, passages=chosen.numbers, documents=documents, scores=chosen.scores
+            layer=layer,
+            passages=tuple(number for number, _ in known),
+            documents=tuple(self.bank.records[number].document_id for number, _ in known),
+            scores=tuple(score for _, score in known),
         )
 
-    def _nothing(self, routing: Routing, started: float) -> Answer:
-        spent = time.perf_counter() - started
-        return Answer(
-            text=NOTHING_FOUND,
-            found=False,
-            usage=Usage(prompt_tokens=routing.tokens),
-            timings=Timings(route_s=spent, total_s=spent),
-        )
-
-    def _answer(self, text: str, recalled: _Recalled) -> Answer:
-        text = text.strip()
+    def _answer(
+        self,
+        generated: str,
+        shown: str,
+        recalled: _Recalled,
+        usage: Usage,
+        clock: _Clock,
+    ) -> Answer:
         sources = tuple(to_source(excerpt) for excerpt in recalled.excerpts)
         return Answer(
-            text=text or NOTHING_FOUND,
-            found=bool(text),
-            sources=cite(text, self.options.question, sources),
+            text=shown,
+            found=bool(generated.strip()),
+            sources=cite(generated, self.options.question, sources),
+            usage=usage,
             rounds=tuple(recalled.rounds),
+            timings=clock.timings(),
             dropped=tuple(to_source(excerpt) for excerpt in recalled.dropped),
         )
+
+
+def _shown(
+    texts: Iterable[str | None], *, opening: str = "", otherwise: str = NOTHING_FOUND
+) -> Generator[AnswerChunk | None, None, str]:
+    """Pass on an answer as it grows, without outer whitespace and ``opening``; ``otherwise`` if it is empty."""
+    told, held, started = "", "", False
+    for text in texts:
+        held += text or ""
+        if not started:
+            held = held.lstrip()
+            started = not opening.startswith(held)
+            held = held.removeprefix(opening).lstrip() if started else held
+        fresh = held.rstrip() if started else ""
+        told, held = told + fresh, held[len(fresh) :]
+        yield AnswerChunk(text=fresh) if fresh else None
+    rest = held.removeprefix(opening).strip() if not started else ""
+    if fresh := rest or ("" if told else otherwise):
+        yield AnswerChunk(text=fresh)
+    return told + fresh
+
+
+class _Clock:
+    """Seconds per stage of one query."""
+
+    def __init__(self) -> None:
+        self.started = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        """Book the time since the last lap under ``stage``."""
+        now = time.perf_counter()
+        self.laps[stage] = self.laps.get(stage, 0.0) + now - self.last
+        self.last = now
+
+    def timings(self) -> Timings:
+        return Timings(**self.laps, total_s=time.perf_counter() - self.started)

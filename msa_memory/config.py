@@ -33,6 +33,11 @@ class MemoryConfig(BaseModel):
     top_k: int | None = Field(default=None, ge=1, le=10_000)
     """Passages attended per router layer; None takes the checkpoint's own number."""
     max_rounds: int = Field(default=2, ge=1, le=16)
+    """Rounds of retrieval per question, at most."""
+    interleave_reprefill: bool = False
+    """Generative evidence: compute every round afresh, as the reference engine does."""
+    interleave_bidirectional: bool = False
+    """Generative evidence: the reference's quirk of showing the repeated question to itself in full."""
     max_evidence_tokens: int = Field(default=1024, ge=64)
     max_new_tokens: int = Field(default=128, ge=1)
     min_score: float | None = None

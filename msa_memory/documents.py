@@ -79,16 +79,15 @@ def read_metadata(value: object, config: MemoryConfig) -> dict[str, Any]:
     """Metadata: a JSON object with string keys."""
     if value is None:
         return {}
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+    if not isinstance(value, Mapping):
         raise InvalidDocumentError(f"metadata is {_show(value)}; expected a mapping with string keys")
-    _check_depth(value)
+    _check_metadata(value)
     try:
-        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False, default=_plain)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidDocumentError(
             f"metadata is not JSON ({error}); use strings, finite numbers, booleans, null, lists and mappings"
         ) from error
-    _check_unicode("metadata", text)
     if len(text.encode()) > config.max_metadata_bytes:
         raise LimitError(
             f"metadata takes {len(text.encode())} bytes; the limit is {config.max_metadata_bytes} "
@@ -134,7 +133,10 @@ def _read_time(what: str, value: object) -> datetime | None:
             ) from error
     if not isinstance(value, datetime):
         raise InvalidDocumentError(f"{what} is {_show(value)}; expected a datetime or an ISO 8601 string")
-    return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+    try:
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+    except OverflowError as error:
+        raise InvalidDocumentError(f"{what} {value} lies outside the years 1 to 9999 in UTC") from error
 
 
 def _read_label(what: str, value: object) -> str | None:
@@ -152,14 +154,27 @@ def _check_unicode(what: str, text: str) -> None:
         ) from error
 
 
-def _check_depth(value: object, depth: int = 0) -> None:
+def _check_metadata(value: object, depth: int = 0) -> None:
+    """What JSON would hide or storage could not hold: other keys than strings, NUL, endless nesting."""
     if depth > MAX_DEPTH:
         raise LimitError(f"metadata is nested deeper than {MAX_DEPTH} levels; flatten it")
-    children = (
-        value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    )
-    for child in children:
-        _check_depth(child, depth + 1)
+    if isinstance(value, str):
+        _check_unicode("metadata", value)
+    elif isinstance(value, Mapping):
+        for key, child in value.items():
+            if not isinstance(key, str):
+                raise InvalidDocumentError(f"metadata has the key {_show(key)}; expected string keys")
+            _check_unicode("metadata", key)
+            _check_metadata(child, depth + 1)
+    elif isinstance(value, list | tuple):
+        for child in value:
+            _check_metadata(child, depth + 1)
+
+
+def _plain(value: object) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{_show(value)} is no JSON value")
 
 
 def _show(value: object) -> str:

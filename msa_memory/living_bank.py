@@ -5,16 +5,19 @@ The one place where stored bytes become engine states. Used on the worker thread
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from msa_memory.engine.bank import BankView
 from msa_memory.engine.engine import Engine
 from msa_memory.engine.states import PassageStates, tensor_from_bytes
-from msa_memory.errors import NotFoundError
+from msa_memory.errors import NotFoundError, StateDamagedError
 from msa_memory.persistence import PassageRecord, Store
 
 __all__ = ["LivingBank"]
+
+logger = logging.getLogger(__name__)
 
 
 class LivingBank:
@@ -34,15 +37,25 @@ class LivingBank:
         removed = set(changes.removed)
         for record in changes.added:
             if record.number not in removed and record.number not in self.records:
-                keys = tensor_from_bytes(self.store.states(record), "router_keys")
-                self.bank.add(record.number, keys)
-                self.records[record.number] = record
+                self._add(record)
         gone = removed & self.records.keys()
         if gone:
             self.bank.remove(gone)
             for number in gone:
                 del self.records[number]
         self.generation = changes.generation
+
+    def _add(self, record: PassageRecord) -> None:
+        """Hold one passage. What is damaged stays out, so that the rest of the memory can be used."""
+        try:
+            keys = tensor_from_bytes(self.store.states(record), "router_keys")
+        except NotFoundError:  # forgotten or replaced since: the next refresh removes it
+            return
+        except StateDamagedError as error:
+            logger.warning("left out of this memory until it is repaired: %s", error)
+            return
+        self.bank.add(record.number, keys)
+        self.records[record.number] = record
 
     def view(self, namespace: str, where: Mapping[str, Any] | None) -> BankView:
         """A snapshot of the passages one namespace shows through a filter."""

@@ -286,7 +286,7 @@ class MemoryModel:
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
         stop: str | Sequence[str] | None = None,
-        evidence: Literal["auto", "router"] = "auto",
+        evidence: Literal["auto", "router", "generative"] = "auto",
     ) -> Answer:
         """Answer a question from the memory, with its sources.
 
@@ -310,7 +310,7 @@ class MemoryModel:
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
         stop: str | Sequence[str] | None = None,
-        evidence: Literal["auto", "router"] = "auto",
+        evidence: Literal["auto", "router", "generative"] = "auto",
     ) -> Answer:
         """Async twin of ``query``."""
         return await self._arun(self._asking(_asked(locals())).answer())
@@ -326,7 +326,7 @@ class MemoryModel:
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
         stop: str | Sequence[str] | None = None,
-        evidence: Literal["auto", "router"] = "auto",
+        evidence: Literal["auto", "router", "generative"] = "auto",
     ) -> Iterator[AnswerChunk]:
         """``query``, piece by piece; the last chunk carries the whole Answer. Closing it stops the model."""
         steps = self._asking(_asked(locals())).answer()
@@ -344,7 +344,7 @@ class MemoryModel:
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
         stop: str | Sequence[str] | None = None,
-        evidence: Literal["auto", "router"] = "auto",
+        evidence: Literal["auto", "router", "generative"] = "auto",
     ) -> AsyncIterator[AnswerChunk]:
         """Async twin of ``stream``."""
         steps = self._asking(_asked(locals())).answer()

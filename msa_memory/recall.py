@@ -15,12 +15,72 @@ from numpy.typing import NDArray
 from msa_memory.persistence import PassageRecord, PassageText
 from msa_memory.types import Source
 
-__all__ = ["Hit", "best_documents", "cite", "evidence_text", "fit_evidence", "to_source"]
+__all__ = [
+    "Hit",
+    "best_documents",
+    "citation",
+    "cite",
+    "evidence_entry",
+    "evidence_text",
+    "fit_evidence",
+    "to_source",
+]
 
 MIN_EXCERPT_TOKENS = 32
+LONGEST_WORD = 32
+"""Characters: a cut moves at most this far to a word's end, since not all scripts have spaces."""
 _WORD = re.compile(r"\w+")
 _COMMON = frozenset(
-    ["a", "an", "and", "are", "as", "at", "be", "by", "did", "do", "does", "for", "from", "had", "has", "have", "he", "her", "his", "how", "i", "in", "is", "it", "its", "of", "on", "or", "she", "that", "the", "their", "them", "they", "this", "to", "was", "were", "what", "when", "where", "which", "who", "why", "will", "with", "you", "your"]
+    [
+        "a",
+        "an",
+        "and",
+        "are",
+        "as",
+        "at",
+        "be",
+        "by",
+        "did",
+        "do",
+        "does",
+        "for",
+        "from",
+        "had",
+        "has",
+        "have",
+        "he",
+        "her",
+        "his",
+        "how",
+        "i",
+        "in",
+        "is",
+        "it",
+        "its",
+        "of",
+        "on",
+        "or",
+        "she",
+        "that",
+        "the",
+        "their",
+        "them",
+        "they",
+        "this",
+        "to",
+        "was",
+        "were",
+        "what",
+        "when",
+        "where",
+        "which",
+        "who",
+        "why",
+        "will",
+        "with",
+        "you",
+        "your",
+    ]
 )
 
 
@@ -64,8 +124,8 @@ def best_documents(
     skipped = set(skip)
     found: dict[str, list[tuple[float, PassageRecord]]] = {}
     for index in order:
-        record = records[int(numbers[index])]
-        if record.document_id in skipped:
+        record = records.get(int(numbers[index]))  # none where it was forgotten since the scoring
+        if record is None or record.document_id in skipped:
             continue
         if record.document_id not in found and len(found) == k:
             break
@@ -81,40 +141,72 @@ def fit_evidence(
     texts: dict[int, PassageText],
     scores: dict[int, float],
     budget: int,
-    count_tokens: Callable[[str], int],
+    cost: Callable[[Excerpt], int],
     best_chunk: Callable[[PassageText], tuple[int, int]],
 ) -> tuple[list[Excerpt], list[Excerpt]]:
     """What to read of each hit within ``budget`` tokens, and what was dropped, both best first.
 
     Whole passages while they fit; otherwise documents share the budget and each is cut to its best chunk
-    with its neighbours. Documents that would get fewer than 32 tokens are dropped, lowest-ranked first.
+    with its neighbours. Documents that would get fewer than 32 tokens are dropped, lowest-ranked first, and
+    those of whose text nothing fits.
 
     Args:
+        cost: tokens an excerpt takes as it will be read, its date and title included.
         best_chunk: characters, in the document, of a passage's best-scoring chunk.
     """
     whole = [_whole(texts[hit.passages[0].number], scores) for hit in hits]
     most = max(1, budget // MIN_EXCERPT_TOKENS)
-    whole, dropped = whole[:most], whole[most:]
-    sizes = [count_tokens(excerpt.text) for excerpt in whole]
-    shares = _share(sizes, budget)
-    chosen = [
-        excerpt if size <= share else _around(excerpt, best_chunk(excerpt.passage), share / size)
-        for excerpt, size, share in zip(whole, sizes, shares, strict=True)
-    ]
-    left = budget - sum(min(size, share) for size, share in zip(sizes, shares, strict=True))
-    for hit in hits[:most]:
-        for record in hit.passages[1:]:
-            size = count_tokens(texts[record.number].text)
-            if size <= left:
+    chosen, dropped, left = [], [], budget
+    for excerpt, share in zip(whole[:most], _share(list(map(cost, whole[:most])), budget), strict=True):
+        fitted = _shrunk(excerpt, share, cost, best_chunk)
+        if fitted is None:
+            dropped.append(excerpt)
+        else:
+            chosen.append(fitted)
+            left -= cost(fitted)
+    chosen += _more_passages(
+        hits[:most], {e.passage.record.number for e in chosen}, texts, scores, left, cost
+    )
+    return chosen, dropped + whole[most:]
+
+
+def _more_passages(
+    hits: Sequence[Hit],
+    read: set[int],
+    texts: dict[int, PassageText],
+    scores: dict[int, float],
+    left: int,
+    cost: Callable[[Excerpt], int],
+) -> list[Excerpt]:
+    """Further passages of documents that are read already, as long as they fit whole."""
+    more = []
+    for hit in hits:
+        for record in hit.passages[1:] if hit.passages[0].number in read else ():
+            excerpt = _whole(texts[record.number], scores)
+            if (size := cost(excerpt)) <= left:
                 left -= size
-                chosen.append(_whole(texts[record.number], scores))
-    return chosen, dropped
+                more.append(excerpt)
+    return more
 
 
 def evidence_text(excerpts: Sequence[Excerpt]) -> str:
     """The excerpts as the model reads them: dated, oldest first, so that the newest stands last."""
     ordered = sorted(reversed(excerpts), key=lambda excerpt: excerpt.passage.timestamp)
-    return "\n".join(_entry(excerpt) for excerpt in ordered)
+    return "\n".join(map(evidence_entry, ordered))
+
+
+def evidence_entry(excerpt: Excerpt) -> str:
+    """One excerpt as the model reads it, headed by its date, title and speaker."""
+    passage = excerpt.passage
+    head = passage.header.strip()
+    day = passage.timestamp.date().isoformat()
+    label = head if day in head else f"{day} | {head}" if head else day
+    return f"[{label}] {excerpt.text.strip()}\n"
+
+
+def citation(number: int, excerpt: Excerpt) -> str:
+    """One excerpt as a line that another language model can cite by number."""
+    return f"[{number}] ({excerpt.passage.timestamp.date().isoformat()}) {excerpt.text.strip()}"
 
 
 def to_source(excerpt: Excerpt, *, cited: bool = False) -> Source:
@@ -151,14 +243,6 @@ def _content_words(text: str) -> set[str]:
     return {word for word in _WORD.findall(text.lower()) if word not in _COMMON}
 
 
-def _entry(excerpt: Excerpt) -> str:
-    passage = excerpt.passage
-    head = passage.header.strip()
-    day = passage.timestamp.date().isoformat()
-    label = head if day in head else f"{day} | {head}" if head else day
-    return f"[{label}] {excerpt.text.strip()}\n"
-
-
 def _whole(passage: PassageText, scores: dict[int, float]) -> Excerpt:
     record = passage.record
     return Excerpt(passage, scores[record.number], record.start, record.end)
@@ -174,15 +258,36 @@ def _share(sizes: Sequence[int], budget: int) -> list[int]:
     return shares
 
 
+def _shrunk(
+    excerpt: Excerpt,
+    room: int,
+    cost: Callable[[Excerpt], int],
+    best_chunk: Callable[[PassageText], tuple[int, int]],
+) -> Excerpt | None:
+    """The excerpt, cut around its best chunk until it costs at most ``room``; None if nothing is left."""
+    if (size := cost(excerpt)) <= room:
+        return excerpt
+    chunk, part, cut = best_chunk(excerpt.passage), 1.0, excerpt
+    while size > room:
+        part *= min(room / size, 0.9)  # again where the text around the chunk has more tokens than elsewhere
+        cut = _around(excerpt, chunk, part)
+        if not cut.text.strip():
+            return None
+        size = cost(cut)
+    return cut
+
+
 def _around(excerpt: Excerpt, chunk: tuple[int, int], part: float) -> Excerpt:
-    """Cut an excerpt to ``part`` of its characters around a chunk, at word ends."""
+    """Cut an excerpt to ``part`` of its characters around a chunk, at word ends where there are any."""
     room = int((excerpt.end - excerpt.start) * part)
     middle = (chunk[0] + chunk[1]) // 2
     start = max(excerpt.start, min(middle - room // 2, excerpt.end - room))
     end = min(excerpt.end, start + room)
     text = excerpt.passage.document_text
-    while start > excerpt.start and start < end and not text[start - 1].isspace():
-        start += 1
-    while end < excerpt.end and end > start and not text[end].isspace():
-        end -= 1
+    if start > excerpt.start:
+        spaces = (at for at in range(start - 1, min(start + LONGEST_WORD, end)) if text[at].isspace())
+        start = next(spaces, start - 1) + 1
+    if end < excerpt.end:
+        spaces = (at for at in range(end, max(end - LONGEST_WORD, start), -1) if text[at].isspace())
+        end = next(spaces, end)
     return replace(excerpt, start=start, end=end)

@@ -6,11 +6,11 @@ last memory that uses it closes.
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from msa_memory.engine.models import DEFAULT_MODEL, resolve
 from msa_memory.engine.worker import Worker
@@ -65,6 +65,16 @@ _runtimes: dict[RuntimeKey, Runtime] = {}
 _lock = threading.Lock()
 
 
+def _forget_parent() -> None:
+    """In a forked child: the parent's worker threads do not exist here, and its lock may be held for ever."""
+    global _lock
+    _lock = threading.Lock()
+    _runtimes.clear()
+
+
+os.register_at_fork(after_in_child=_forget_parent)
+
+
 def acquire(key: RuntimeKey) -> Runtime:
     """The runtime for ``key``, new or shared; pair with ``release``."""
     with _lock:
@@ -92,7 +102,3 @@ def model_name(given: str | Path | None, recorded: str | None, environment: str 
         path = Path(given).expanduser()
         return str(path.absolute()) if path.exists() else str(given)
     return recorded or environment or DEFAULT_MODEL
-
-
-Steps = Generator[Any, None, Any]
-Progress = Callable[[int, int], None]

@@ -466,7 +466,7 @@ class Catalog:
     def _problems_of(self, connection: Connection, rows: Sequence[Row[Any]]) -> Iterator[str]:
         keys = [row.key for row in rows]
         count = select(passages.c.document, func.count()).group_by(passages.c.document)
-        counts = dict(connection.execute(count.where(passages.c.document.in_(keys))).tuples().all())
+        counts: dict[int, int] = dict(connection.execute(count.where(passages.c.document.in_(keys))).tuples().all())
         stored = _by_document(connection, attributes, keys)
         earlier = _by_document(connection, versions, keys)
         for row in rows:
@@ -481,7 +481,7 @@ class Catalog:
             if found != set(flatten(document.metadata)):
                 yield f"{_name(row)}: its filter attributes differ from its metadata; update its metadata"
             if (present := counts.get(row.key, 0)) != document.passages:
-                yield f"{_name(row)}: {present} passages are recorded, expected {document.passages}; update it"
+                yield f"{_name(row)}: {present} passages recorded, expected {document.passages}; update it"
 
 
 def _by_document(connection: Connection, table: Table, keys: Sequence[int]) -> dict[int, list[Row[Any]]]:

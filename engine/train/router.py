@@ -24,7 +24,7 @@ from msa_memory.engine.train.hidden import HiddenStates
 
 Numbers = NDArray[np.int64]
 
-__all__ = ["RouterHeads", "RouterTraining", "score_documents", "train_router"]
+__all__ = ["RouterHeads", "RouterTraining", "recall", "save_router", "score_documents", "train_router"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,6 +134,16 @@ def score_documents(
             best = np.maximum.reduceat(by_document, np.cumsum(lengths) - lengths, axis=0)
             total[part] += torch.from_numpy(best)
     return total / len(slots)
+
+
+def recall(scores: Tensor, gold: Sequence[Sequence[int]], ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """Share of questions with a gold document among the k best, for scores ``[questions, documents]``."""
+    ranked = scores.topk(min(max(ks), scores.shape[1]), dim=1).indices.tolist()
+    return {
+        f"recall@{k}": sum(bool(set(row[:k]) & set(right)) for row, right in zip(ranked, gold, strict=True))
+        / len(gold)
+        for k in ks
+    }
 
 
 def _parts(lengths: list[int], budget: int) -> Iterator[slice]:

@@ -1,0 +1,98 @@
+"""Stores to test and documents to put in them. States are made from the passage number, so any reader can check them."""
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from msa_memory.persistence import NewDocument, NewPassage, Store
+from msa_memory.types import TensorBytes
+
+POSTGRES_URL = os.environ.get("MSA_TEST_POSTGRES_URL")
+MODEL = {"model": "tiny", "fingerprint": "f" * 64, "info": {"layers": 2}}
+
+
+def make_states(number: int) -> dict[str, TensorBytes]:
+    return {
+        "keys": TensorBytes("F32", (2, 3), bytes((number + i) % 251 + 1 for i in range(24))),
+        "values": TensorBytes("BF16", (5,), bytes((number * 3 + i) % 251 + 1 for i in range(10))),
+        "flags": TensorBytes("U8", (3,), b"abc"),
+    }
+
+
+def make_document(store: Store, id: str, text: str = "", *, parts: int = 1, **fields: object) -> NewDocument:
+    """A document cut into ``parts`` passages of about the same length."""
+    text = text or f"This is what {id} says."
+    edges = [len(text) * part // parts for part in range(parts + 1)]
+    passages = [
+        NewPassage(start=start, end=end, tokens=end - start, number=number, states=make_states(number))
+        for number, start, end in zip(store.reserve_numbers(parts), edges, edges[1:], strict=False)
+    ]
+    return NewDocument(**{"id": id, "namespace": "default", "text": text, "passages": passages, **fields})
+
+
+@pytest.fixture
+def new() -> Callable[..., NewDocument]:
+    return make_document
+
+
+@pytest.fixture
+def states_of() -> Callable[[int], dict[str, TensorBytes]]:
+    return make_states
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "bank"
+
+
+@pytest.fixture
+def store(folder: Path) -> Iterator[Store]:
+    with Store.open(folder) as store:
+        store.bind_model(**MODEL)
+        yield store
+
+
+@pytest.fixture
+def again(folder: Path) -> Iterator[Callable[..., Store]]:
+    """Opens the same folder once more, as another process would."""
+    opened: list[Store] = []
+
+    def open_again(**options: object) -> Store:
+        opened.append(Store.open(folder, **options))
+        return opened[-1]
+
+    yield open_again
+    for store in opened:
+        store.close()
+
+
+@pytest.fixture
+def postgres_url() -> Iterator[str]:
+    """A catalog URL with a schema of its own."""
+    if not POSTGRES_URL:
+        pytest.skip("no PostgreSQL: set MSA_TEST_POSTGRES_URL to a database the tests may create schemas in")
+    from sqlalchemy import create_engine, text
+    from sqlalchemy.engine import make_url
+
+    url = make_url(POSTGRES_URL).set(drivername="postgresql+psycopg")
+    schema = f"msa_{uuid.uuid4().hex[:12]}"
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(text(f"CREATE SCHEMA {schema}"))
+    yield url.update_query_dict({"options": f"-csearch_path={schema}"}).render_as_string(hide_password=False)
+    with engine.begin() as connection:
+        connection.execute(text(f"DROP SCHEMA {schema} CASCADE"))
+    engine.dispose()
+
+
+@pytest.fixture(params=["memory", "folder", pytest.param("postgres", marks=pytest.mark.postgres)])
+def any_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    """The same bank in memory, on SQLite and on PostgreSQL."""
+    url = request.getfixturevalue("postgres_url") if request.param == "postgres" else None
+    path = None if request.param == "memory" else tmp_path / "any-bank"
+    with Store.open(path, catalog_url=url) as store:
+        store.bind_model(**MODEL)
+        yield store
