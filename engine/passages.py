@@ -62,7 +62,7 @@ def split_passages(text: str, encode: Offsets, max_tokens: int) -> list[Span]:
 def _window(
     text: str, start: int, encode: Offsets, max_tokens: int
 ) -> tuple[str, list[int], list[tuple[int, int]]]:
-    """Text from ``start`` on that takes more than ``max_tokens`` tokens, if so much is left, and its tokens."""
+    """Text from ``start`` on, more than ``max_tokens`` tokens of it if so much is left, and its tokens."""
     chars = min(WINDOW_CHARS, CHARS_PER_TOKEN * max_tokens)
     while True:
         window = text[start : start + chars]

@@ -19,7 +19,7 @@ COLDEST = 1e-6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingOptions:
-    """``temperature`` 0 is greedy; otherwise nucleus sampling with ``top_p``, seeded when ``seed`` is given."""
+    """``temperature`` 0 is greedy; otherwise nucleus sampling with ``top_p``, seeded if ``seed`` is given."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0

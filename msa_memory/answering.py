@@ -76,13 +76,14 @@ class AnswerOptions:
     temperature: float = 0.0
     stop: str | Sequence[str] | None = None
     evidence: Literal["auto", "router", "generative"] = "auto"
-    max_evidence_tokens: int | None = None
+    max_tokens: int | None = None
+    """Of evidence."""
 
     def __post_init__(self) -> None:
         if self.stop is not None and not isinstance(self.stop, str | Sequence):
             raise ConfigError(f"stop is {self.stop!r}; expected a string or a list of strings")
         self.sampling(MemoryConfig())  # checks temperature and stop
-        for name in ("top_k", "k", "max_rounds", "max_new_tokens", "max_evidence_tokens"):
+        for name in ("top_k", "k", "max_rounds", "max_new_tokens", "max_tokens"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
@@ -142,7 +143,7 @@ class Asking:
 
     def context(self) -> Generator[None, None, Context]:
         """The evidence as one citable block."""
-        budget = self.options.max_evidence_tokens or self.config.max_evidence_tokens
+        budget = self.options.max_tokens or self.config.max_evidence_tokens
         render = partial(citation, MOST_CITATIONS)
 
         def recall(view: BankView) -> Generator[None, None, _Recalled]:
@@ -292,7 +293,7 @@ class Asking:
 
     def _budget(self) -> int:
         """Tokens of evidence that the options allow and the model's context window has room for."""
-        asked = self.options.max_evidence_tokens or self.config.max_evidence_tokens
+        asked = self.options.max_tokens or self.config.max_evidence_tokens
         prompt, answer = self.engine.prompt, self.options.sampling(self.config).max_new_tokens
         fixed = prompt.question_position + len(prompt.reading("", self.options.question)) + WINDOW_RESERVE
         room = self.engine.max_positions - fixed - answer
@@ -339,10 +340,8 @@ class Asking:
             recalled.tokens += routing.tokens
             recalled.hits += hits
             recalled.rounds.append(Round(number=number + 1, documents=tuple(hit.document_id for hit in hits)))
-            recalled.scores.update(
-                {number: score for number, score in zip(routing.numbers.tolist(), routing.mean().tolist(), strict=True)
-                 if number not in recalled.scores}
-            )  # fmt: skip
+            for passage, score in zip(routing.numbers.tolist(), routing.mean().tolist(), strict=True):
+                recalled.scores.setdefault(passage, score)
         recalled.excerpts, recalled.dropped = self._fit(
             routing, recalled.hits, recalled.scores, budget, render
         )
@@ -428,14 +427,14 @@ class Asking:
 def _shown(
     texts: Iterable[str | None], *, opening: str = "", otherwise: str = NOTHING_FOUND
 ) -> Generator[AnswerChunk | None, None, str]:
-    """Pass on an answer as it grows, without outer whitespace and ``opening``; ``otherwise`` if it is empty."""
+    """Pass on an answer as it grows, without outer whitespace and ``opening``; ``otherwise`` if blank."""
     told, held, started = "", "", False
     for text in texts:
         held += text or ""
-        if not started:
+        if not told:
             held = held.lstrip()
-            started = not opening.startswith(held)
-            held = held.removeprefix(opening).lstrip() if started else held
+        if not started and not opening.startswith(held):
+            started, held = True, held.removeprefix(opening).lstrip()
         fresh = held.rstrip() if started else ""
         told, held = told + fresh, held[len(fresh) :]
         yield AnswerChunk(text=fresh) if fresh else None

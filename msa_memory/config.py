@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from msa_memory.errors import ConfigError
 
-__all__ = ["MemoryConfig", "cache_folder", "default_model"]
+__all__ = ["MemoryConfig", "cache_folder", "default_memory_folder", "default_model"]
 
 
 class MemoryConfig(BaseModel):
@@ -65,6 +65,11 @@ def cache_folder() -> Path:
     """Where models are cached: ``MSA_MEMORY_CACHE`` or the user's cache folder."""
     named = os.environ.get("MSA_MEMORY_CACHE")
     return Path(named).expanduser() if named else user_cache_path("msa-memory")
+
+
+def default_memory_folder() -> Path:
+    """The memory the command line opens when told no other: ``MSA_MEMORY_PATH`` or ``agent-memory`` here."""
+    return Path(os.environ.get("MSA_MEMORY_PATH") or "agent-memory").expanduser()
 
 
 def default_model() -> str | None:

@@ -9,8 +9,12 @@ from __future__ import annotations
 import asyncio
 import builtins
 import os
+import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -20,7 +24,14 @@ from msa_memory.config import MemoryConfig, default_model
 from msa_memory.documents import DocumentInput, check_name, check_question, read_item, read_metadata
 from msa_memory.engine.engine import Engine
 from msa_memory.engine.layout import document_header
-from msa_memory.errors import ConfigError, ConflictError, ForkedMemoryError, NotFoundError, ReadOnlyError
+from msa_memory.errors import (
+    ConfigError,
+    ConflictError,
+    ForkedMemoryError,
+    InvalidDocumentError,
+    NotFoundError,
+    ReadOnlyError,
+)
 from msa_memory.living_bank import LivingBank
 from msa_memory.persistence import NewDocument, NewPassage, Store
 from msa_memory.progress import Progress, progress_reporter
@@ -44,6 +55,7 @@ Where = Mapping[str, Any]
 OnConflict = Literal["error", "replace", "skip"]
 T = TypeVar("T")
 COMMIT_DOCUMENTS = 64
+MOST_PER_PAGE = 1_000_000
 
 
 @dataclass
@@ -58,6 +70,7 @@ class _Shared:
     pid: int = field(default_factory=os.getpid)
     bank: LivingBank | None = None
     closed: bool = False
+    closing: threading.Lock = field(default_factory=threading.Lock)
 
 
 class MemoryModel:
@@ -98,17 +111,21 @@ class MemoryModel:
             StorageError: the folder is something else, cannot be used or is damaged.
             InvalidDocumentError: the namespace's name is not usable.
         """
-        config = config or MemoryConfig()
+        config = _settings(config)
         namespace = check_name("namespace", namespace)
         store = Store.open(
-            None if path is None else Path(path).expanduser(),
+            _folder(path),
             catalog_url=catalog_url,
             state_url=state_url,
             read_only=read_only,
             lock_timeout_s=config.lock_timeout_s,
         )
-        name = model_name(model, store.identity.model, default_model())
-        runtime = acquire(RuntimeKey(name, device, dtype, config.router_normalize))
+        try:
+            name = model_name(model, store.identity.model, default_model())
+            runtime = acquire(RuntimeKey(name, device, dtype, config.router_normalize))
+        except BaseException:
+            store.close()
+            raise
         named = model is not None or store.identity.model is None
         return cls(_Shared(store, runtime, config, named, read_only), namespace)
 
@@ -233,8 +250,8 @@ class MemoryModel:
     # looking things up
 
     def get(self, id: str) -> Document:
-        """The document with this id. Raises NotFoundError."""
-        return self._store.get(self._namespace, check_name("id", id))
+        """The document with this id. Raises NotFoundError if there is none or it has expired."""
+        return self._current(check_name("id", id))
 
     async def aget(self, id: str) -> Document:
         """Async twin of ``get``."""
@@ -244,6 +261,8 @@ class MemoryModel:
         self, where: Where | None = None, *, limit: int = 100, cursor: str | None = None
     ) -> Page[Document]:
         """Documents, newest first, a page at a time; pass ``next_cursor`` back for the next page."""
+        if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= MOST_PER_PAGE:
+            raise ConfigError(f"limit is {limit!r}; it must be a whole number from 1 to {MOST_PER_PAGE}")
         return self._store.list(self._namespace, where, limit=limit, cursor=cursor)
 
     async def alist(
@@ -262,7 +281,8 @@ class MemoryModel:
 
     def history(self, id: str) -> tuple[DocumentVersion, ...]:
         """All versions of a document, oldest first. Raises NotFoundError."""
-        return self._store.history(self._namespace, check_name("id", id))
+        self._current(check_name("id", id))
+        return self._store.history(self._namespace, id)
 
     async def ahistory(self, id: str) -> tuple[DocumentVersion, ...]:
         """Async twin of ``history``."""
@@ -353,11 +373,13 @@ class MemoryModel:
 
     def query_many(self, questions: Sequence[str], **options: Any) -> builtins.list[Answer]:
         """Answer several questions, advancing together; takes ``query``'s options."""
-        return self._all([self._asking(_asked({"question": q, **options})).answer() for q in questions])
+        return self._run_all([self._asking(asked).answer() for asked in _all_asked(questions, options)])
 
     async def aquery_many(self, questions: Sequence[str], **options: Any) -> builtins.list[Answer]:
         """Async twin of ``query_many``."""
-        return list(await asyncio.gather(*(self.aquery(question, **options) for question in questions)))
+        return await self._arun_all(
+            [self._asking(asked).answer() for asked in _all_asked(questions, options)]
+        )
 
     def search(self, query: str, *, k: int = 5, where: Where | None = None) -> builtins.list[Source]:
         """The k distinct documents the routers rank highest, best first; all of them if fewer are visible."""
@@ -371,27 +393,24 @@ class MemoryModel:
         self, queries: Sequence[str], *, k: int = 5, where: Where | None = None
     ) -> builtins.list[builtins.list[Source]]:
         """``search`` for several queries."""
-        return self._all(
-            [
-                self._asking(AnswerOptions(check_question(query), k=k, where=where)).search()
-                for query in queries
-            ]
-        )
+        options = {"k": k, "where": where}
+        return self._run_all([self._asking(asked).search() for asked in _all_asked(queries, options)])
 
     async def asearch_many(
         self, queries: Sequence[str], *, k: int = 5, where: Where | None = None
     ) -> builtins.list[builtins.list[Source]]:
         """Async twin of ``search_many``."""
-        return list(await asyncio.gather(*(self.asearch(query, k=k, where=where) for query in queries)))
+        options = {"k": k, "where": where}
+        return await self._arun_all([self._asking(asked).search() for asked in _all_asked(queries, options)])
 
     def context(self, question: str, *, max_tokens: int = 1024, where: Where | None = None) -> Context:
         """The evidence for a question as one citable block for any other language model."""
-        options = AnswerOptions(check_question(question), where=where, max_evidence_tokens=max_tokens)
+        options = AnswerOptions(check_question(question), where=where, max_tokens=max_tokens)
         return self._run(self._asking(options).context())
 
     async def acontext(self, question: str, *, max_tokens: int = 1024, where: Where | None = None) -> Context:
         """Async twin of ``context``."""
-        options = AnswerOptions(check_question(question), where=where, max_evidence_tokens=max_tokens)
+        options = AnswerOptions(check_question(question), where=where, max_tokens=max_tokens)
         return await self._arun(self._asking(options).context())
 
     def explain(self, question: str, *, where: Where | None = None) -> Explanation:
@@ -414,7 +433,7 @@ class MemoryModel:
         return MemoryModel(self._shared, check_name("namespace", name))
 
     def verify(self) -> tuple[str, ...]:
-        """Check every checksum, row hash and commit; returns what is wrong, in words (empty when all is well)."""
+        """Check every checksum, row hash and commit; returns what is wrong, in words (empty if nothing)."""
         return self._store.verify()
 
     async def averify(self) -> tuple[str, ...]:
@@ -433,12 +452,14 @@ class MemoryModel:
     def close(self) -> None:
         """Close the memory for all its namespace views; a second call does nothing."""
         shared = self._shared
-        if not shared.closed:
-            shared.closed = True
+        if shared.pid != os.getpid():
+            return  # the parent's to close
+        with shared.closing:
+            closed, shared.closed = shared.closed, True
+        if not closed:
+            release(shared.runtime)
+            shared.store.close()
             shared.bank = None
-            if shared.pid == os.getpid():
-                release(shared.runtime)
-                shared.store.close()
 
     async def aclose(self) -> None:
         """Async twin of ``close``."""
@@ -487,10 +508,13 @@ class MemoryModel:
         self._check_open()
         return await self._shared.runtime.worker.arun(steps)
 
-    def _all(self, jobs: Sequence[Generator[Any, None, T]]) -> builtins.list[T]:
+    def _run_all(self, jobs: Sequence[Generator[Any, None, T]]) -> builtins.list[T]:
         self._check_open()
-        started = [self._shared.runtime.worker.start(steps) for steps in jobs]
-        return [job.result() for job in started]
+        return self._shared.runtime.worker.run_all(jobs)
+
+    async def _arun_all(self, jobs: Sequence[Generator[Any, None, T]]) -> builtins.list[T]:
+        self._check_open()
+        return await self._shared.runtime.worker.arun_all(jobs)
 
     def _engine(self) -> Engine:
         shared = self._shared
@@ -523,8 +547,10 @@ class MemoryModel:
         progress: bool | Callable[[int, int], None] | None,
     ) -> Generator[None, None, builtins.list[Document]]:
         self._check_open(write=True)
-        if isinstance(items, str):
-            raise ConfigError("add_many was given one string; give a list of strings, or use add")
+        if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
+            raise ConfigError(
+                f"add_many was given one {type(items).__name__}; give a list of items, or use add"
+            )
         inputs = [read_item(item, self._shared.config) for item in items]
         self._refuse_taken(inputs, on_conflict)
         documents: builtins.list[Document] = []
@@ -538,11 +564,12 @@ class MemoryModel:
         if on_conflict not in ("error", "replace", "skip"):
             raise ConfigError(f"on_conflict is {on_conflict!r}; expected 'error', 'replace' or 'skip'")
         if on_conflict == "error":
-            taken = self._shared.store.exists(self._namespace, [document.id for document in inputs])
+            ids = [document.id for document in inputs]
+            taken = {id for id, count in Counter(ids).items() if count > 1} | self._taken(ids)[0].keys()
             if taken:
                 raise ConflictError(
-                    f"id {sorted(taken)[0]!r} is taken in namespace {self._namespace!r}; use update, "
-                    "on_conflict='replace' or 'skip', or another id"
+                    f"id {min(taken)!r} is taken in namespace {self._namespace!r} or given twice; use "
+                    "update, on_conflict='replace' or 'skip', or another id"
                 )
 
     def _add_batch(
@@ -555,6 +582,7 @@ class MemoryModel:
                 fresh.append((yield from self._encode(document)))
             done += 1
             report(done)
+        self._make_room(fresh, on_conflict)
         stored = {doc.id: doc for doc in self._shared.store.add(fresh, on_conflict=on_conflict)}
         return [kept.get(document.id) or stored[document.id] for document in inputs]
 
@@ -562,16 +590,37 @@ class MemoryModel:
         """Documents that need no encoding: to be skipped, or replaced by what they already are."""
         if on_conflict == "error":
             return {}
-        store, kept = self._shared.store, {}
         by_id = {document.id: document for document in inputs}
-        for id in store.exists(self._namespace, by_id):
-            try:
-                old = store.get(self._namespace, id)
-            except NotFoundError:  # expired: stored still, visible no more
-                continue
-            if on_conflict == "skip" or _same(old, by_id[id]):
-                kept[id] = old
-        return kept
+        visible, _ = self._taken(by_id)
+        return {id: old for id, old in visible.items() if on_conflict == "skip" or _same(old, by_id[id])}
+
+    def _taken(self, ids: Iterable[str]) -> tuple[dict[str, Document], builtins.list[str]]:
+        """The visible documents with these ids, and those of the ids whose documents have expired."""
+        visible, expired = {}, []
+        for id in self._shared.store.exists(self._namespace, ids):
+            with suppress(NotFoundError):  # forgotten meanwhile
+                document = self._shared.store.get(self._namespace, id)
+                if _expired(document):
+                    expired.append(id)
+                else:
+                    visible[id] = document
+        return visible, expired
+
+    def _make_room(self, documents: Sequence[NewDocument], on_conflict: OnConflict) -> None:
+        """Forget expired documents whose ids are given out anew; a replaced one keeps its history."""
+        expired = [] if on_conflict == "replace" else self._taken(doc.id for doc in documents)[1]
+        if expired:
+            with suppress(NotFoundError):
+                self._shared.store.forget(self._namespace, ids=expired)
+
+    def _current(self, id: str) -> Document:
+        document = self._store.get(self._namespace, id)
+        if _expired(document):
+            raise NotFoundError(
+                f"document {id!r} in namespace {self._namespace!r} expired at {document.expires_at}; "
+                "add it again if it is needed"
+            )
+        return document
 
     def _encode(self, document: DocumentInput) -> Generator[None, None, NewDocument]:
         engine = self._engine()
@@ -581,7 +630,11 @@ class MemoryModel:
             when=document.timestamp.date() if document.timestamp else None,
             speaker=speaker if isinstance(speaker, str) else None,
         )
-        spans = engine.split(document.text, self._shared.config.passage_tokens)
+        spans = [
+            span for span in engine.split(document.text, self._shared.config.passage_tokens) if span.tokens
+        ]
+        if not spans:
+            raise InvalidDocumentError(f"content {document.text[:40]!a} has no character this model can read")
         passages = []
         for span, number in zip(spans, self._shared.store.reserve_numbers(len(spans)), strict=True):
             states = engine.encode(number, header, document.text[span.start : span.end])
@@ -614,45 +667,83 @@ class MemoryModel:
         self._check_open(write=True)
         if content is None and metadata is None:
             raise ConfigError("update needs content or metadata; both are missing")
-        old = self._shared.store.get(self._namespace, check_name("id", id))
-        merged = {**old.metadata, **read_metadata(metadata, self._shared.config)}
+        old = self._current(check_name("id", id))
+        merged = read_metadata(
+            {**old.metadata, **read_metadata(metadata, self._shared.config)}, self._shared.config
+        )
         read_by_model = {"title", "speaker"}
         if content is None and all(old.metadata.get(key) == merged.get(key) for key in read_by_model):
             return self._shared.store.update_metadata(
                 self._namespace, id, merged, expected_version=old.version
             )
-        dated = old.timestamp != old.created_at
+        versions = self._shared.store.history(self._namespace, id)
+        dated = old.timestamp not in {version.created_at for version in versions}
         item = {
             "content": old.text if content is None else content, "id": id, "metadata": merged,
             "timestamp": old.timestamp if dated and content is None else None,
             "expires_at": old.expires_at, "source": old.source, "trust": old.trust,
         }  # fmt: skip
         fresh = yield from self._encode(read_item(item, self._shared.config))
+        if content is None:  # it was not said again, and is as old as before
+            fresh = replace(fresh, timestamp=old.timestamp)
         return self._shared.store.replace(fresh, expected_version=old.version)
 
     def _forget(
         self, ids: str | Sequence[str] | None, where: Where | None, dry_run: bool
     ) -> Generator[None, None, ForgetReceipt]:
         self._check_open(write=not dry_run)
-        receipt = self._shared.store.forget(self._namespace, ids=ids, where=where, dry_run=dry_run)
+        selected = None if ids is None else _ids(ids)
+        receipt = self._shared.store.forget(self._namespace, ids=selected, where=where, dry_run=dry_run)
         if self._shared.bank is not None:
             self._shared.bank.refresh()
+        yield from ()  # a generator like every other verb, in one step
         return receipt
-        yield  # a generator like every other verb, in one step
+
+
+def _folder(path: object) -> Path | None:
+    if path is None:
+        return None
+    if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
+        raise ConfigError(f"path is {path!r:.60}; expected a folder, or None for a memory in RAM")
+    return Path(path).expanduser()
+
+
+def _settings(config: object) -> MemoryConfig:
+    if config is None:
+        return MemoryConfig()
+    if not isinstance(config, MemoryConfig):
+        raise ConfigError(f"config is {config!r:.60}; expected a MemoryConfig")
+    return config
+
+
+def _ids(ids: object) -> builtins.list[str]:
+    if isinstance(ids, str):
+        return [check_name("id", ids)]
+    if isinstance(ids, Mapping) or not isinstance(ids, Iterable):
+        raise ConfigError(f"ids is {ids!r:.60}; expected an id or a list of them")
+    return [check_name("id", id) for id in ids]
 
 
 def _item(arguments: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in arguments.items() if key not in ("self", "on_conflict")}
 
 
-def _asked(arguments: dict[str, Any]) -> AnswerOptions:
+def _asked(arguments: Mapping[str, Any]) -> AnswerOptions:
     given = {key: value for key, value in arguments.items() if key != "self"}
-    question = check_question(given.pop("question"))
-    try:
-        return AnswerOptions(question, **given)
-    except TypeError as error:
-        known = ", ".join(name for name in AnswerOptions.__dataclass_fields__ if name != "question")
-        raise ConfigError(f"{error}; query takes {known}") from error
+    known = AnswerOptions.__dataclass_fields__.keys() - {"max_tokens"}
+    if unknown := sorted(given.keys() - known):
+        raise ConfigError(f"unknown options {unknown}; query takes {', '.join(sorted(known - {'question'}))}")
+    return AnswerOptions(check_question(given.pop("question")), **given)
+
+
+def _all_asked(questions: Sequence[str], options: Mapping[str, Any]) -> builtins.list[AnswerOptions]:
+    if isinstance(questions, str) or not isinstance(questions, Iterable):
+        raise ConfigError(f"the questions are {questions!r:.60}; give a list of strings")
+    return [_asked({"question": question, **options}) for question in questions]
+
+
+def _expired(document: Document) -> bool:
+    return document.expires_at is not None and document.expires_at <= datetime.now(UTC)
 
 
 def _same(old: Document, new: DocumentInput) -> bool:

@@ -191,7 +191,8 @@ def _more_passages(
 
 def evidence_text(excerpts: Sequence[Excerpt]) -> str:
     """The excerpts as the model reads them: dated, oldest first, so that the newest stands last."""
-    ordered = sorted(reversed(excerpts), key=lambda excerpt: excerpt.passage.timestamp)
+    ordered = list(reversed(excerpts))  # of one time, the best stands last
+    ordered.sort(key=lambda excerpt: excerpt.passage.timestamp)
     return "\n".join(map(evidence_entry, ordered))
 
 

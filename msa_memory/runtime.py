@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from msa_memory.engine.models import DEFAULT_MODEL, resolve
 from msa_memory.engine.worker import Worker
+from msa_memory.errors import ConfigError
 
 if TYPE_CHECKING:
     from msa_memory.engine.engine import Engine
@@ -99,6 +100,12 @@ def release(runtime: Runtime) -> None:
 def model_name(given: str | Path | None, recorded: str | None, environment: str | None) -> str:
     """Which model to use: the caller's, else the bank's, else the environment's, else the default."""
     if given is not None:
+        _check_name(given)
         path = Path(given).expanduser()
         return str(path.absolute()) if path.exists() else str(given)
     return recorded or environment or DEFAULT_MODEL
+
+
+def _check_name(given: object) -> None:
+    if not isinstance(given, str | Path) or not str(given) or "\0" in str(given):
+        raise ConfigError(f"model is {given!r:.60}; expected a registered name, a local folder or a hub id")

@@ -466,7 +466,8 @@ class Catalog:
     def _problems_of(self, connection: Connection, rows: Sequence[Row[Any]]) -> Iterator[str]:
         keys = [row.key for row in rows]
         count = select(passages.c.document, func.count()).group_by(passages.c.document)
-        counts: dict[int, int] = dict(connection.execute(count.where(passages.c.document.in_(keys))).tuples().all())
+        counted = connection.execute(count.where(passages.c.document.in_(keys)))
+        counts = {int(key): int(number) for key, number in counted}
         stored = _by_document(connection, attributes, keys)
         earlier = _by_document(connection, versions, keys)
         for row in rows:
@@ -480,8 +481,8 @@ class Catalog:
             found = {(each.path, each.kind, each.value) for each in stored.get(row.key, ())}
             if found != set(flatten(document.metadata)):
                 yield f"{_name(row)}: its filter attributes differ from its metadata; update its metadata"
-            if (present := counts.get(row.key, 0)) != document.passages:
-                yield f"{_name(row)}: {present} passages recorded, expected {document.passages}; update it"
+            if (rest := counts.get(row.key, 0)) != document.passages:
+                yield f"{_name(row)}: {rest} passages recorded, expected {document.passages}; update it"
 
 
 def _by_document(connection: Connection, table: Table, keys: Sequence[int]) -> dict[int, list[Row[Any]]]:

@@ -93,7 +93,7 @@ def check_commits(acknowledged: tuple[str, int] | None, generation: int, identit
 
 def _need_catalog_file(folder: BankFolder, counter: CommitCounter, lock: WriterLock, read_only: bool) -> None:
     with guarded("look for", folder.catalog):
-        if folder.catalog.exists():
+        if folder.catalog.exists() and folder.catalog.stat().st_size:
             return
     _refuse_lost_catalog(folder, counter)
     if read_only:

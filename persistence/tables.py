@@ -95,12 +95,15 @@ documents = Table(
     Index("documents_expires_at", "expires_at"),
 )
 
-_DOCUMENT = ForeignKey("documents.key", ondelete="CASCADE")
+
+def _document() -> ForeignKey:
+    return ForeignKey("documents.key", ondelete="CASCADE")
+
 
 versions = Table(
     "versions",
     metadata,
-    Column("document", Key, _DOCUMENT, primary_key=True, autoincrement=False),
+    Column("document", Key, _document(), primary_key=True, autoincrement=False),
     Column("version", Integer, primary_key=True, autoincrement=False),
     Column("text", Text, nullable=False),
     Column("metadata", Text, nullable=False),
@@ -116,7 +119,7 @@ passages = Table(
     "passages",
     metadata,
     Column("number", Key, primary_key=True, autoincrement=False),
-    Column("document", Key, _DOCUMENT.copy(), nullable=False),
+    Column("document", Key, _document(), nullable=False),
     Column("namespace", Name, nullable=False),
     Column("ordinal", Integer, nullable=False),
     Column("start", Integer, nullable=False),
@@ -137,7 +140,7 @@ attributes = Table(  # metadata taken apart, for filters: see attributes.py
     "attributes",
     metadata,
     Column("key", Key, primary_key=True),
-    Column("document", Key, _DOCUMENT.copy(), nullable=False),
+    Column("document", Key, _document(), nullable=False),
     Column("path", Name, nullable=False),
     Column("kind", Text, nullable=False),
     Column("value", Name, nullable=False),

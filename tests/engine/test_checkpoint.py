@@ -287,6 +287,7 @@ def test_gguf_tokenizer_merges_and_declares_control_tokens(tmp_path: Path) -> No
     assert tokenizer.stop_ids == {260}
     assert tokenizer.token_id("<|im_start|>") == 259
     assert tokenizer.encode_prompt("<|im_end|><tool>") == [260, 261]
+    assert tokenizer.decode([260, 261], skip_special=True) == "<tool>"
     assert not {259, 260, 261} & set(tokenizer.encode("<|im_start|><|im_end|><tool>"))
     assert tokenizer.decode(tokenizer.encode("å<|im_end|>\x00")) == "å<|im_end|>\x00"
 
@@ -428,6 +429,7 @@ def test_written_checkpoints_read_back_bit_for_bit(tmp_path: Path, max_shard_byt
     assert opened.tokenizer_files() == {"tokenizer.json": b"{}"}
     assert_same(opened.tensors(), tensors)
     assert len(opened.weight_files) == {10**9: 1, 100: 2, 1: 5}[max_shard_bytes]
+    assert len(list(folder.glob("*.safetensors"))) == len(opened.weight_files)  # no empty shard
     assert {stat.st_mode & 0o777 for stat in map(os.stat, folder.iterdir())} == {0o666 & ~current_umask()}
 
 

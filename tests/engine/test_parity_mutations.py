@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from msa_memory.engine import bank, cache, config, context, encoding, layout, op
 from msa_memory.engine import decoder as decoder_module
 from msa_memory.engine.rope import apply_rope
 from msa_memory.engine.states import HeadStates
-from msa_memory.engine.train import forward, losses
+from msa_memory.engine.train import losses
 
 Patch = pytest.MonkeyPatch
 
@@ -127,7 +128,7 @@ def query_unrotated(patch: Patch) -> None:
     original = context._ContextAttention._route
 
     def unrotated(self: Any, msa: Any, row: Any, layer: int, slot: int, h: Tensor, q: Tensor) -> None:
-        start = row.position - self.feeds[0].sequence.fed_tokens
+        start = row.position - row.fed_tokens
         cos, sin = self.decoder.rope(torch.arange(start, start + len(q)), q.dtype)
         original(self, msa, row, layer, slot, h, apply_rope(q, cos, -sin))
 
@@ -138,7 +139,7 @@ def remainder_divided_by_chunk(patch: Patch) -> None:
     def padded(x: Tensor, chunk: int) -> Tensor:
         short = -len(x) % chunk
         whole = torch.cat((x, x.new_zeros(short, *x.shape[1:])))
-        return whole.unflatten(0, (-1, chunk)).mean(1)
+        return whole.view(-1, chunk, *x.shape[1:]).mean(1)
 
     patch.setattr(ops, "pool_chunks", padded)
 
@@ -191,16 +192,14 @@ def max_head_order(patch: Patch) -> None:
 
 
 def selection_shared_across_layers(patch: Patch) -> None:
-    original = bank.BankView.select
-    first: dict[tuple[int, int], Any] = {}
+    original = context._ContextAttention._route
 
-    def shared(self: Any, scores: Any, k: int) -> Any:
-        """Every router layer of a batch runs its rows in order: the first layer's choice repeats."""
-        rows = first.setdefault((id(self), len(scores)), [])
-        rows.append(original(self, scores, k))
-        return rows[(len(rows) - 1) % 3]
+    def shared(self: Any, msa: Any, row: Any, layer: int, *rest: Any) -> None:
+        original(self, msa, row, layer, *rest)
+        row.selections[layer] = row.selections[msa.router_layers[0]]
+        row._place(layer, self.slots[layer], row.selections[layer])
 
-    patch.setattr(bank.BankView, "select", shared)
+    patch.setattr(context._ContextAttention, "_route", shared)
 
 
 def one_document_too_few(patch: Patch) -> None:
@@ -220,36 +219,12 @@ def worst_first(patch: Patch) -> None:
 
 def chunks_before_tokens(patch: Patch) -> None:
     """Mean over the tokens of the best chunk's score, not the best chunk of the mean over tokens."""
-    original = ops.score_chunks
-
-    def per_token(
-        query: Tensor, keys: Tensor, *, head_reduce: str, query_reduce: str, scale: float
-    ) -> Tensor:
-        if query_reduce != "mean":
-            return original(query, keys, head_reduce=head_reduce, query_reduce=query_reduce, scale=scale)
-        tokens = [
-            original(one[None], keys, head_reduce=head_reduce, query_reduce="max", scale=scale)
-            for one in query
-        ]
-        return torch.stack(tokens)  # [T, C]: reduced below
-
-    reduce = ops.reduce_passages
-
-    def then_tokens(scores: Tensor, lengths: Tensor, reduction: str) -> Tensor:
-        if scores.dim() == 1:
-            return reduce(scores, lengths, reduction)
-        return torch.stack([reduce(one, lengths, reduction) for one in scores]).mean(0)
+    original = bank.BankView.score
 
     def score(self: Any, slot: int, query: Tensor) -> Any:
-        (block,) = self._blocks
-        chunks = per_token(
-            query,
-            block.keys[slot],
-            head_reduce=self.msa.head_reduce,
-            query_reduce=self.msa.query_reduce,
-            scale=self.msa.score_scale(query.shape[-1]),
-        )
-        return then_tokens(chunks[..., : block.used], block.lengths, self.msa.chunk_reduce).numpy()
+        if self.msa.query_reduce != "mean":
+            return original(self, slot, query)
+        return np.stack([original(self, slot, one[None]) for one in query]).mean(0)
 
     patch.setattr(bank.BankView, "score", score)
 
@@ -310,7 +285,7 @@ def no_qk_norm(patch: Patch) -> None:
 def training_pools_detached(patch: Patch) -> None:
     """Pooled keys and values carry no gradient: only the gradients show it."""
     original = ops.pool_chunks
-    patch.setattr(forward.ops, "pool_chunks", lambda x, chunk: original(x, chunk).detach())
+    patch.setattr(ops, "pool_chunks", lambda x, chunk: original(x, chunk).detach())
 
 
 def training_scores_unnormalised(patch: Patch) -> None:

@@ -18,8 +18,10 @@ def test_the_safetensors_package_reads_a_block():
         "none": np.zeros((0, 4), dtype=np.float16),
     }
     names = {"float32": "F32", "int8": "I8", "int64": "I64", "float16": "F16"}
-    states = {k: TensorBytes(names[str(v.dtype)], v.shape, memoryview(v)) if v.size else TensorBytes("F16", v.shape, b"")
-              for k, v in arrays.items()}  # fmt: skip
+    states = {
+        name: TensorBytes(names[str(array.dtype)], array.shape, array.tobytes())
+        for name, array in arrays.items()
+    }
     block = pack(states, **STAMP)
     read = safetensors.numpy.load(block)
     assert read.keys() == arrays.keys()
@@ -40,7 +42,9 @@ def test_a_block_of_another_bank_passage_or_model_is_refused(wrong):
         check_stamp(stamp, **{**STAMP, **wrong})
 
 
-@pytest.mark.parametrize("data", [b"", b"\0" * 64, b"\xff" * 64, b"\x02" + b"\0" * 7 + b"[]", b"\x02" + b"\0" * 7 + b"{}"])
+@pytest.mark.parametrize(
+    "data", [b"", b"\0" * 64, b"\xff" * 64, b"\x02" + b"\0" * 7 + b"[]", b"\x02" + b"\0" * 7 + b"{}"]
+)
 def test_what_is_not_a_block_is_a_block_error(data):
     with pytest.raises(BlockError, match="header"):
         unpack(memoryview(data))

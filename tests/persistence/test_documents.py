@@ -17,13 +17,19 @@ from msa_memory.types import TensorBytes
 NOON = datetime(2024, 5, 1, 12, 0, 0, 123456, tzinfo=UTC)
 
 
+def document_with(*passages):
+    return NewDocument(id="odd", namespace="default", text="x", passages=passages)
+
+
 def assert_bank_is_sound(store):
     assert store.verify() == ()
 
 
 def test_add_and_get_round_trip(any_store, new):
     metadata = {"source": "chat", "n": 2**60 + 1, "deep": {"a": [1, "x", None, True]}, "é": "\u2028"}
-    document = new(any_store, "a", "Bøb lives in Oslo. 🎻", parts=3, metadata=metadata, timestamp=NOON, trust="low")
+    document = new(
+        any_store, "a", "Bøb lives in Oslo. 🎻", parts=3, metadata=metadata, timestamp=NOON, trust="low"
+    )
     [added] = any_store.add([document])
     assert added == any_store.get("default", "a")
     assert (added.text, added.metadata, added.version) == (document.text, metadata, 1)
@@ -119,7 +125,7 @@ def test_wrong_arguments_are_named(any_store, new):
         any_store.add([document_with(NewPassage(start=0, end=1, tokens=1, number=10**6, states={}))])
     number = any_store.reserve_numbers(1)[0]
     short = {"keys": TensorBytes("F32", (4,), b"123")}
-    with pytest.raises(StorageError, match="3 bytes.*needs 16"):
+    with pytest.raises(StorageError, match=r"3 bytes.*needs 16"):
         any_store.add([document_with(NewPassage(start=0, end=1, tokens=1, number=number, states=short))])
     odd = {"keys": TensorBytes("F33", (1,), b"123")}
     with pytest.raises(StorageError, match="F33"):
@@ -132,7 +138,9 @@ def test_wrong_arguments_are_named(any_store, new):
     assert_bank_is_sound(any_store)
 
 
-@pytest.mark.parametrize("metadata", [{"a": float("nan")}, {"a": {1, 2}}, {"a": float("inf")}, {1: 2, "b": 3}])
+@pytest.mark.parametrize(
+    "metadata", [{"a": float("nan")}, {"a": {1, 2}}, {"a": float("inf")}, {1: 2, "b": 3}]
+)
 def test_metadata_that_is_not_json_is_refused(store, new, metadata):
     with pytest.raises(InvalidDocumentError, match="metadata"):
         store.add([new(store, "a", metadata=metadata)])
@@ -145,7 +153,9 @@ def test_text_that_no_database_holds_is_refused(store, new):
 
 
 def test_replace_keeps_history_and_swaps_passages(any_store, new):
-    any_store.add([new(any_store, "a", "Bob lives in Oslo.", parts=2, metadata={"v": 1}), new(any_store, "b")])
+    any_store.add(
+        [new(any_store, "a", "Bob lives in Oslo.", parts=2, metadata={"v": 1}), new(any_store, "b")]
+    )
     old = any_store.changes(0)
     replaced = any_store.replace(new(any_store, "a", "Bob lives in Bergen.", metadata={"v": 2}))
     assert (replaced.version, replaced.text, replaced.passages) == (2, "Bob lives in Bergen.", 1)
@@ -154,8 +164,18 @@ def test_replace_keeps_history_and_swaps_passages(any_store, new):
     assert delta.removed == gone
     assert [record.document_id for record in delta.added] == ["a"]
     first, second = any_store.history("default", "a")
-    assert (first.text, first.metadata, first.version, first.current) == ("Bob lives in Oslo.", {"v": 1}, 1, False)
-    assert (second.text, second.metadata, second.version, second.current) == (replaced.text, {"v": 2}, 2, True)
+    assert (first.text, first.metadata, first.version, first.current) == (
+        "Bob lives in Oslo.",
+        {"v": 1},
+        1,
+        False,
+    )
+    assert (second.text, second.metadata, second.version, second.current) == (
+        replaced.text,
+        {"v": 2},
+        2,
+        True,
+    )
     assert any_store.count("default", {"v": 1}) == 0
     assert any_store.count("default", {"v": 2}) == 1
     for record in old.added[:2]:
@@ -238,7 +258,11 @@ def test_cursors_belong_to_their_listing(any_store, new):
 def test_expired_documents_leave_lists_and_masks(any_store, new):
     past, future = datetime.now(UTC) - timedelta(days=1), datetime.now(UTC) + timedelta(days=1)
     any_store.add(
-        [new(any_store, "old", expires_at=past), new(any_store, "young", expires_at=future), new(any_store, "plain")]
+        [
+            new(any_store, "old", expires_at=past),
+            new(any_store, "young", expires_at=future),
+            new(any_store, "plain"),
+        ]
     )
     assert [document.id for document in any_store.list("default")] == ["plain", "young"]
     assert (any_store.count("default"), any_store.stats("default").documents) == (2, 2)
@@ -254,7 +278,12 @@ def test_expired_documents_leave_lists_and_masks(any_store, new):
 
 def test_passages_carry_their_document(any_store, new):
     text = "Bob lives in Oslo and repairs violins."
-    any_store.add([new(any_store, "a", text, parts=3, metadata={"m": 1}, timestamp=NOON, source="chat"), new(any_store, "b")])
+    any_store.add(
+        [
+            new(any_store, "a", text, parts=3, metadata={"m": 1}, timestamp=NOON, source="chat"),
+            new(any_store, "b"),
+        ]
+    )
     records = any_store.changes(0).added
     found = any_store.passages([*(record.number for record in records), 10**9])
     assert sorted(found) == [record.number for record in records]
@@ -262,7 +291,8 @@ def test_passages_carry_their_document(any_store, new):
     assert "".join(part.text for part in parts) == text
     assert [part.record.ordinal for part in parts] == [0, 1, 2]
     assert all(
-        (part.document_text, part.metadata, part.timestamp, part.source, part.version) == (text, {"m": 1}, NOON, "chat", 1)
+        (part.document_text, part.metadata, part.timestamp, part.source, part.version)
+        == (text, {"m": 1}, NOON, "chat", 1)
         for part in parts
     )
     assert any_store.passages([]) == {}

@@ -15,11 +15,47 @@ from msa_memory.persistence.attributes import number_text
 from msa_memory.persistence.filters import MAX_DEPTH, parse_filter
 
 KEYS = ["a", "b", "a.b", "b.a", "", "é"]
-STRINGS = ["", "a", "A", "ab", "b", "%", "_", "a%", "é", "e\u0301", "😀", "\uffff", "1", "true", "'; DROP TABLE documents; --"]
-NUMBERS = [0, 1, -1, 2, 10, -10, 1.0, 1.5, -1.5, -0.0, 0.1, 1e-9, 2**53, 2**53 + 1, float(2**53), 2**63, -(2**70), 1e300]
+STRINGS = [
+    "",
+    "a",
+    "A",
+    "ab",
+    "b",
+    "%",
+    "_",
+    "a%",
+    "é",
+    "e\u0301",
+    "😀",
+    "\uffff",
+    "1",
+    "true",
+    "'; DROP TABLE documents; --",
+]
+NUMBERS = [
+    0,
+    1,
+    -1,
+    2,
+    10,
+    -10,
+    1.0,
+    1.5,
+    -1.5,
+    -0.0,
+    0.1,
+    1e-9,
+    2**53,
+    2**53 + 1,
+    float(2**53),
+    2**63,
+    -(2**70),
+    1e300,
+]
 scalars = st.one_of(
     st.sampled_from(STRINGS), st.sampled_from(NUMBERS), st.booleans(), st.none(), st.integers(),
-    st.floats(allow_nan=False, allow_infinity=False), st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=4),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=4),
 )  # fmt: skip
 values = st.recursive(
     scalars,
@@ -40,7 +76,11 @@ fields = st.dictionaries(st.sampled_from(KEYS), scalars | conditions, min_size=1
 filters = st.recursive(
     fields,
     lambda inner: st.one_of(
-        st.builds(lambda name, parts: {name: parts}, st.sampled_from(["$and", "$or"]), st.lists(inner, min_size=1, max_size=3)),
+        st.builds(
+            lambda name, parts: {name: parts},
+            st.sampled_from(["$and", "$or"]),
+            st.lists(inner, min_size=1, max_size=3),
+        ),
         inner.map(lambda part: {"$not": part}),
     ),
     max_leaves=5,
@@ -77,7 +117,12 @@ def compare(value: object, operator: str, operand: object) -> bool:
         return isinstance(value, str) and isinstance(operand, str) and operand in value
     if kind(value) != kind(operand):
         return False
-    return {"$gt": value > operand, "$gte": value >= operand, "$lt": value < operand, "$lte": value <= operand}[operator]
+    return {
+        "$gt": value > operand,
+        "$gte": value >= operand,
+        "$lt": value < operand,
+        "$lte": value <= operand,
+    }[operator]
 
 
 def holds(metadata: dict, key: str, operator: str, operand: object) -> bool:
@@ -118,7 +163,12 @@ def bank() -> Iterator[Store]:
 def found(bank: Store, metadatas: list[dict], *filters: dict | None, **fields: object) -> list[list[int]]:
     """Indices of the documents each filter finds."""
     name = uuid.uuid4().hex
-    bank.add([NewDocument(id=str(i), namespace=name, text="t", metadata=m, **fields) for i, m in enumerate(metadatas)])
+    bank.add(
+        [
+            NewDocument(id=str(i), namespace=name, text="t", metadata=m, **fields)
+            for i, m in enumerate(metadatas)
+        ]
+    )
     return [sorted(int(document.id) for document in bank.list(name, where)) for where in filters]
 
 
@@ -138,6 +188,7 @@ def test_sql_agrees_with_the_documentation(bank, documents, where):
 @pytest.mark.postgres
 def test_postgresql_agrees_too(postgres_url, tmp_path):
     with Store.open(tmp_path / "bank", catalog_url=postgres_url) as bank:
+
         @settings(max_examples=100)
         @given(documents=st.lists(metadatas, min_size=1, max_size=5), where=filters)
         def check(documents, where):
@@ -148,7 +199,12 @@ def test_postgresql_agrees_too(postgres_url, tmp_path):
 
 
 @settings(max_examples=300)
-@given(st.lists(st.one_of(st.sampled_from(NUMBERS), st.integers(), st.floats(allow_nan=False, allow_infinity=False)), min_size=2))
+@given(
+    st.lists(
+        st.one_of(st.sampled_from(NUMBERS), st.integers(), st.floats(allow_nan=False, allow_infinity=False)),
+        min_size=2,
+    )
+)
 @example([10**23, 1e23])
 @example([5e-324, 0, -5e-324, 1.7976931348623157e308, 10**400])
 def test_number_texts_sort_as_numbers(numbers):
@@ -161,12 +217,13 @@ def test_document_fields(bank):
     name = uuid.uuid4().hex
     times = [datetime(2024, month, 1, tzinfo=UTC) for month in (1, 2, 3)]
     rows = [("x", "chat", None), ("y", "mail", "low"), ("z", None, "high")]
+    same = {"namespace": name, "text": "t", "metadata": {"source": "meta"}}
     bank.add(
         [
-            NewDocument(id=id, namespace=name, text="t", source=source, trust=trust, timestamp=time, metadata={"source": "meta"})
+            NewDocument(id=id, source=source, trust=trust, timestamp=time, **same)
             for (id, source, trust), time in zip(rows, times, strict=True)
         ]
-    )  # fmt: skip
+    )
 
     def ids(where):
         return "".join(sorted(document.id for document in bank.list(name, where)))

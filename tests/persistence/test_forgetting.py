@@ -86,7 +86,7 @@ def test_tombstones_tell_other_readers(any_store, new):
 
 
 def test_no_byte_of_a_forgotten_document_remains(folder, store, new, states_of):
-    """Text, old text, id, metadata, source and states; in the catalog, its log and the segments; store still open."""
+    """Text, old text, id, metadata, source and states; in catalog, log and segments, store still open."""
     store.add([new(store, f"filler-{i}", f"filler text {i} " * 9, metadata={"i": i}) for i in range(300)])
     secret = new(
         store, "SECRET-ID", "SECRET-ONE " + "long enough to overflow a page " * 400, parts=3,
@@ -108,7 +108,7 @@ def test_no_byte_of_a_forgotten_document_remains(folder, store, new, states_of):
 
 
 def test_moved_index_entries_leave_no_copy(folder, store, new):
-    """SQLite's secure_delete misses entries that moved between pages; 500 of 1,500 random ids would show one."""
+    """SQLite's secure_delete misses entries that moved between pages; some of 500 ids would show."""
     import random
 
     ids = [f"{random.Random(i).getrandbits(64):016x}" for i in range(1500)]
