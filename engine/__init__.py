@@ -1,1 +1,3 @@
 """Tokens in; states, scores and tokens out. Knows no SQL."""
+
+__all__: list[str] = []

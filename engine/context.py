@@ -155,14 +155,17 @@ def route(decoder: Decoder, feeds: Rows[Feed]) -> None:
     Fills each sequence's ``scores`` and ``selections``. The caches are left incomplete: discard them.
     """
     if decoder.msa is None:
-        raise EngineError("this model has no memory routers: convert it with `msa-memory models convert`")
+        raise EngineError(
+            "this model has no memory routers: train some with `python -m msa_memory.engine.train router`"
+        )
     _forward(decoder, feeds, attach=False, stop=True)
 
 
 def _forward(decoder: Decoder, feeds: Rows[Feed], *, attach: bool, stop: bool) -> Tensor | None:
     if any(not feed.ids for feed in feeds) or not feeds:
         raise EngineError("every sequence needs at least one token to feed; one has none")
-    ids, positions = [], []
+    ids: list[int] = []
+    positions: list[int] = []
     for feed in feeds:
         row, count = feed.sequence, len(feed.ids)
         ids.extend(feed.ids)
@@ -171,7 +174,10 @@ def _forward(decoder: Decoder, feeds: Rows[Feed], *, attach: bool, stop: bool) -
         row.fed_tokens += count
     attention = _ContextAttention(decoder, feeds, attach=attach, stop=stop)
     device = decoder.device
-    return decoder(torch.tensor(ids, device=device), torch.tensor(positions, device=device), attention)
+    hidden: Tensor | None = decoder(
+        torch.tensor(ids, device=device), torch.tensor(positions, device=device), attention
+    )
+    return hidden
 
 
 def _mask(feed: Feed, device: torch.device) -> Tensor | None:

@@ -285,7 +285,9 @@ def _device(device: str) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(device)
-    except RuntimeError as error:
+        if found.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"{found.type} devices are not supported")
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(
             f"device {device!r} is not one torch knows; use 'auto', 'cpu' or 'cuda:0'"
         ) from error

@@ -104,7 +104,7 @@ class RetrievalTurn:
         return node == {} or self._open_end(node, last, whole)
 
     def _walk(self, part: str) -> Trie | None:
-        """The trie node after ``part`` (digits, perhaps with the closing bracket); None when it is no path."""
+        """The trie node after ``part`` (digits, perhaps the closing bracket); None when it is no path."""
         node: Trie | None = self.grammar.root
         for character in part:
             node = node.get(character) if node is not None else None

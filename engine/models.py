@@ -28,10 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from msa_memory.config import cache_folder
-from msa_memory.engine.checkpoint import atomic_folder, open_checkpoint, write_files
 from msa_memory.errors import CheckpointError, ModelNotFoundError, StorageError
 
 __all__ = ["DEFAULT_MODEL", "ModelInfo", "fetch", "list_models", "resolve"]
@@ -163,6 +160,8 @@ def fetch(
 
 
 def _install(release: _Release, target: Path, source: Path | None, tell: Progress) -> Path:
+    from msa_memory.engine.checkpoint import atomic_folder
+
     _sweep(target)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.tmp-") as work:
         gguf = _published_gguf(release, source, Path(work), tell)
@@ -191,6 +190,10 @@ def _published_gguf(release: _Release, source: Path | None, work: Path, tell: Pr
 
 
 def _convert(release: _Release, gguf: Path, folder: Path) -> None:
+    import torch  # here: listing models, as the command line does, must not take the second torch takes
+
+    from msa_memory.engine.checkpoint import open_checkpoint, write_files
+
     checkpoint = open_checkpoint(gguf)
     config = {"architectures": [release.architecture], **checkpoint.config, "torch_dtype": "bfloat16"}
     generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": list(release.stop_ids)}

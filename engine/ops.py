@@ -68,7 +68,10 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
 def attend_documents(query: Tensor, keys: Tensor, values: Tensor, lengths: list[int], scale: float) -> Tensor:
     """Causal attention inside each document of a packed sequence; documents never see each other.
 
-    ``query`` ``[N, H, D]``, ``keys`` and ``values`` ``[N, G, D]``, ``lengths`` sum to N. Returns ``[N, H, D]``.
+    ``query`` ``[N, H, D]``, ``keys`` and ``values`` ``[N, G, D]``; ``lengths`` sum to N.
+
+    Returns:
+        ``[N, H, D]``.
     """
     outputs, start = [], 0
     for length in lengths:

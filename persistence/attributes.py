@@ -13,6 +13,21 @@ from typing import Any, NamedTuple
 
 from msa_memory.errors import InvalidDocumentError
 
+__all__ = [
+    "Attribute",
+    "BOOLEAN",
+    "KINDS",
+    "LIST",
+    "MAPPING",
+    "NULL",
+    "NUMBER",
+    "STRING",
+    "attributes",
+    "canonical",
+    "number_text",
+    "plain",
+]
+
 KINDS = STRING, NUMBER, BOOLEAN, NULL, MAPPING, LIST = ("s", "n", "b", "z", "o", "l")
 """Kinds of values at a path. A member of a list has its kind in upper case, at the path of the list."""
 
@@ -31,12 +46,14 @@ class Attribute(NamedTuple):
 def canonical(metadata: Mapping[str, Any]) -> str:
     """The one JSON spelling of ``metadata``; InvalidDocumentError if it is not JSON."""
     try:
-        return json.dumps(metadata, sort_keys=True, allow_nan=False, separators=(",", ":"))
+        text = json.dumps(metadata, sort_keys=True, allow_nan=False, ensure_ascii=False)
+        text.encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidDocumentError(
             f"metadata cannot be stored as JSON: {error}; use strings, finite numbers, booleans, None, "
             "lists, and mappings with string keys"
         ) from error
+    return text
 
 
 def attributes(metadata: Mapping[str, Any]) -> Iterator[Attribute]:

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from msa_memory.errors import StorageError
 from msa_memory.types import TensorBytes
 
+__all__ = ["ALIGNMENT", "BLOCK_FORMAT", "BlockError", "aligned", "check_stamp", "pack", "unpack"]
+
 BLOCK_FORMAT = "1"
 ALIGNMENT = 8
 """Bytes: every block starts at a multiple of it, and so does the data inside."""

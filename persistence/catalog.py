@@ -55,6 +55,8 @@ from msa_memory.persistence.tables import (
 )
 from msa_memory.types import Document, DocumentVersion
 
+__all__ = ["Catalog", "FORMAT_VERSION", "Removed"]
+
 T = TypeVar("T")
 
 FORMAT_VERSION = 1

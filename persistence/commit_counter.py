@@ -14,6 +14,8 @@ from pathlib import Path
 from msa_memory.errors import CatalogDamagedError
 from msa_memory.persistence.disk import guarded, opened, sync, sync_folder, write_at
 
+__all__ = ["CommitCounter"]
+
 _SLOT_BYTES = 4096
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from msa_memory.errors import ConfigError
 
+__all__ = ["read_cursor", "write_cursor"]
+
 
 def write_cursor(key: int, namespace: str, where: Mapping[str, Any] | None) -> str:
     """A cursor that continues below document key ``key``."""
@@ -27,6 +29,8 @@ def read_cursor(cursor: str, namespace: str, where: Mapping[str, Any] | None) ->
         padded = cursor + "=" * (-len(cursor) % 4)
         version, key, listing = base64.b64decode(padded, altchars=b"-_", validate=True).decode().split(".")
         number = int(key)
+        if not 0 <= number < 1 << 63:
+            raise ValueError(key)
     except (binascii.Error, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"cursor {str(cursor)[:40]!r} is not one; pass the next_cursor of a page"

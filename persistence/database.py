@@ -29,6 +29,8 @@ from msa_memory.errors import (
 )
 from msa_memory.persistence.disk import guarded
 
+__all__ = ["Database", "REVISIONS", "Scrubbed", "VACUUM_LIMIT_BYTES", "VERSION_TABLE"]
+
 REVISIONS = ("0001",)
 """Every schema revision, oldest first; the last one is what this code reads and writes."""
 
@@ -255,6 +257,10 @@ class Database:
     def _translated(self) -> Iterator[None]:
         try:
             yield
+        except (UnicodeEncodeError, OverflowError) as error:
+            raise InvalidDocumentError(
+                f"{self._place} cannot hold the value: {error}; expected valid Unicode and 64-bit integers"
+            ) from error
         except (SQLAlchemyError, sqlite3.Error) as error:
             raise self._ours(error) from error
 

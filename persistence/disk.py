@@ -13,6 +13,8 @@ from pathlib import Path
 
 from msa_memory.errors import StorageError
 
+__all__ = ["guarded", "opened", "sync", "sync_folder", "write_at"]
+
 _FULL_SYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync alone stops at the drive's cache
 
 

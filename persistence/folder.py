@@ -12,6 +12,8 @@ from urllib.parse import unquote, urlsplit
 from msa_memory.errors import ConfigError, StorageError
 from msa_memory.persistence.disk import guarded, opened, sync_folder
 
+__all__ = ["BankFolder", "CATALOG", "COMMIT", "LOCK", "STATES", "state_folder"]
+
 CATALOG, COMMIT, LOCK, STATES = "catalog.sqlite3", "commit", "lock", "states"
 
 

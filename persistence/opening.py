@@ -20,6 +20,8 @@ from msa_memory.persistence.records import BankIdentity
 from msa_memory.persistence.segments import FileSegments, MemorySegments, Segments
 from msa_memory.persistence.writer_lock import AdvisoryLock, FileLock, ThreadLock, WriterLock
 
+__all__ = ["OpenBank", "check_commits", "open_folder", "open_in_memory"]
+
 
 @dataclass(frozen=True, slots=True)
 class OpenBank:

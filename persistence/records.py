@@ -14,6 +14,8 @@ from typing import Any
 
 from msa_memory.types import TensorBytes
 
+__all__ = ["BankIdentity", "Changes", "NewDocument", "NewPassage", "PassageRecord", "PassageText"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewPassage:

@@ -20,6 +20,8 @@ from msa_memory.errors import StorageError
 from msa_memory.persistence.blocks import BlockError, aligned
 from msa_memory.persistence.disk import guarded, opened, sync, sync_folder, write_at
 
+__all__ = ["FileSegments", "MemorySegments", "Placed", "SEGMENT_LIMIT_BYTES", "Segments", "Span", "next_name"]
+
 SEGMENT_LIMIT_BYTES = 256 * 1024 * 1024
 _ZEROS = bytes(1 << 20)
 _NAME = re.compile(r"segment-(\d{8})\.seg")

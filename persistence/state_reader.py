@@ -15,6 +15,8 @@ from msa_memory.persistence.records import BankIdentity, PassageRecord
 from msa_memory.persistence.segments import Segments, Span
 from msa_memory.types import TensorBytes
 
+__all__ = ["StateReader"]
+
 
 class StateReader:
     """``locate`` finds the current record of a passage number, ``identity`` the bank's newest identity."""

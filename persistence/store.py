@@ -1,8 +1,7 @@
 """One open bank: documents, their passages and their states, safe among threads, processes and crashes.
 
-Orders the parts (writer lock, segments, catalog, commit counter) and holds no SQL and no file format.
-A write appends states and fsyncs them, commits one SQL transaction, then acknowledges in the counter.
-Knows no model.
+Says what each verb reads and writes; holds no SQL (``catalog``), no file format (``blocks``,
+``segments``) and not the order of a write (``writer``). Knows no model.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -25,53 +24,44 @@ from msa_memory.errors import (
     ConflictError,
     ForkedMemoryError,
     InvalidDocumentError,
-    LockedError,
     ModelMismatchError,
-    MSAError,
     NotFoundError,
     ReadOnlyError,
     StateDamagedError,
     StorageError,
 )
-from msa_memory.persistence.blocks import pack
 from msa_memory.persistence.catalog import Catalog
 from msa_memory.persistence.cursor import read_cursor, write_cursor
-from msa_memory.persistence.database import Scrubbed
 from msa_memory.persistence.filters import parse_filter
-from msa_memory.persistence.opening import OpenBank, check_commits, open_folder, open_in_memory
+from msa_memory.persistence.opening import OpenBank, open_folder, open_in_memory
 from msa_memory.persistence.records import (
     BankIdentity,
     Changes,
     NewDocument,
-    NewPassage,
     PassageRecord,
     PassageText,
 )
-from msa_memory.persistence.segments import Placed, next_name
 from msa_memory.persistence.state_reader import StateReader
+from msa_memory.persistence.writer import Sizes, Writer
 from msa_memory.types import Document, DocumentVersion, ForgetReceipt, Page, Stats, TensorBytes
 
+__all__ = ["Documents", "OnConflict", "Store", "Where"]
+
 Where = Mapping[str, Any]
-Sizes = Mapping[str, int]
 OnConflict = Literal["error", "replace", "skip"]
 Documents = list[Document]  # spelled here, because inside the class ``list`` is a method
 
 _RESERVE = 16  # passage numbers taken at a time: a short message then costs no commit of its own
-_COMPACT_BELOW = 0.75  # a segment is rewritten when less than this share of it is alive
 
 
 class Store:
     """A bank, opened by ``Store.open``. Every method may be called from any thread of the opening process."""
 
-    def __init__(
-        self,
-        bank: OpenBank,
-        *,
-        read_only: bool,
-    ) -> None:
-        self._database, self._segments, self._lock = bank.database, bank.segments, bank.lock
-        self._counter, self._identity, self._place = bank.counter, bank.identity, bank.place
+    def __init__(self, bank: OpenBank, *, read_only: bool) -> None:
+        self._database, self._segments, self._counter = bank.database, bank.segments, bank.counter
+        self._identity, self._place = bank.identity, bank.place
         self._catalog = Catalog()
+        self._writer = Writer(bank, self._catalog)
         self._read_only = read_only
         self._process = os.getpid()
         self._closed = False
@@ -106,8 +96,6 @@ class Store:
         )
         return cls(bank, read_only=read_only)
 
-    # the bank
-
     @property
     def identity(self) -> BankIdentity:
         """Which bank this is and which model wrote it."""
@@ -124,7 +112,7 @@ class Store:
             with self._writing():
                 self._refresh_identity()
                 if self._identity.fingerprint is None:
-                    with self._commit() as (connection, _):
+                    with self._writer.commit() as (connection, _):
                         self._catalog.bind_model(connection, model, fingerprint, info)
             self._refresh_identity()
         recorded = self._identity
@@ -181,8 +169,6 @@ class Store:
             format_version=self._identity.format_version,
         )
 
-    # documents, written
-
     def add(self, documents: Sequence[NewDocument], *, on_conflict: OnConflict = "error") -> list[Document]:
         """Store all documents or none; the stored ones in the order given.
 
@@ -213,8 +199,8 @@ class Store:
                 later.append(document)
         now = _now()
         if fresh or later:
-            placed = self._append([*fresh.values(), *later], sizes)
-            with self._commit() as (connection, generation):
+            placed = self._writer.append([*fresh.values(), *later], sizes, self._model())
+            with self._writer.commit() as (connection, generation):
                 self._catalog.grow_segments(connection, sizes, placed.values())
                 new_keys = self._catalog.insert(connection, [*fresh.values()], placed, generation, now)
                 keys.update(zip(fresh, new_keys, strict=True))
@@ -222,7 +208,7 @@ class Store:
                     key = keys[document.namespace, document.id]
                     self._catalog.replace(connection, key, document, placed, generation, now)
         if later:
-            self._erase()
+            self._writer.erase()
         return self._documents([keys[name] for name in names])
 
     def replace(self, document: NewDocument, *, expected_version: int | None = None) -> Document:
@@ -234,11 +220,11 @@ class Store:
         _check_storable(document, postgresql=not self._database.is_sqlite)
         with self._writing() as sizes:
             key = self._expect(document.namespace, document.id, expected_version)
-            placed = self._append([document], sizes)
-            with self._commit() as (connection, generation):
+            placed = self._writer.append([document], sizes, self._model())
+            with self._writer.commit() as (connection, generation):
                 self._catalog.grow_segments(connection, sizes, placed.values())
                 self._catalog.replace(connection, key, document, placed, generation, _now())
-            self._erase()
+            self._writer.erase()
             return self._documents([key])[0]
 
     def update_metadata(
@@ -247,7 +233,7 @@ class Store:
         """Give a document other metadata, whole; its version grows by one, text and passages stay."""
         with self._writing():
             key = self._expect(namespace, id, expected_version)
-            with self._commit() as (connection, _):
+            with self._writer.commit() as (connection, _):
                 self._catalog.replace_metadata(connection, key, metadata, _now())
             return self._documents([key])[0]
 
@@ -325,14 +311,12 @@ class Store:
     def _remove(self, selected: Mapping[int, str], planned: ForgetReceipt) -> ForgetReceipt:
         if not selected:
             return planned.model_copy(update={"dry_run": False})
-        with self._commit() as (connection, generation):
+        with self._writer.commit() as (connection, generation):
             self._catalog.remove(connection, selected, generation)
         masked_at = _now()
-        done, left = self._erase()
+        done, left = self._writer.erase()
         times = {"masked_at": masked_at, "erased_at": _now() if done else None, "beyond_reach": left}
         return planned.model_copy(update={**times, "dry_run": False})
-
-    # documents, read
 
     def exists(self, namespace: str, ids: Iterable[str]) -> set[str]:
         """Those of the ids that are taken, by expired documents too."""
@@ -369,8 +353,6 @@ class Store:
         with self._reading() as connection:
             return self._catalog.count(connection, namespace, tree, _now())
 
-    # passages
-
     def visible(
         self, namespace: str, where: Where | None = None, *, now: datetime | None = None
     ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -393,8 +375,6 @@ class Store:
         self._use()
         return self._states.read(record)
 
-    # the whole bank
-
     def verify(self) -> tuple[str, ...]:
         """Read everything once; one sentence per problem, none when the bank is sound."""
         self._use()
@@ -405,7 +385,7 @@ class Store:
 
     def _commit_problems(self) -> Iterator[str]:
         try:
-            with self._checked_reading():
+            with self._writer.checked_reading():
                 pass
         except CatalogDamagedError as error:
             yield str(error)
@@ -433,7 +413,7 @@ class Store:
         with self._writing() as sizes:
             before = self._database.size_bytes() + sum(self._segments.sizes().values())
             self._remove_expired()
-            self._rewrite_segments(sizes)
+            self._writer.rewrite_segments(sizes, self._states.block)
             self._database.scrub(limit_bytes=None)
             return before - self._database.size_bytes() - sum(self._segments.sizes().values())
 
@@ -441,26 +421,9 @@ class Store:
         with self._reading() as connection:
             expired = self._catalog.matching(connection, None, None, expired_at=_now())
         if expired:
-            with self._commit() as (connection, generation):
+            with self._writer.commit() as (connection, generation):
                 self._catalog.remove(connection, expired, generation)
-            self._erase()
-
-    def _rewrite_segments(self, sizes: Sizes) -> None:
-        with self._reading() as connection:
-            live = self._catalog.live_bytes(connection)
-            old = [name for name, size in sizes.items() if live.get(name, 0) < size * _COMPACT_BELOW]
-            records = self._catalog.records_in(connection, old)
-        if not old:
-            return
-        places = self._segments.append(map(self._states.block, records), sizes, fresh=True)
-        with self._commit() as (connection, _):
-            self._catalog.grow_segments(connection, sizes, places)
-            for record, place in zip(records, places, strict=True):
-                self._catalog.move(connection, record.number, place)
-            self._catalog.drop_segments(connection, old)
-            if not places:  # keep a newest segment, because names are never used twice
-                self._catalog.add_segment(connection, next_name(sizes))
-        self._segments.remove(old)
+            self._writer.erase()
 
     def close(self) -> None:
         """Release files and connections; calling it again does nothing."""
@@ -477,8 +440,6 @@ class Store:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    # how reads and writes happen
 
     def _use(self, *, write: bool = False) -> None:
         if os.getpid() != self._process:
@@ -500,89 +461,15 @@ class Store:
             yield connection
 
     @contextmanager
-    def _checked_reading(self) -> Iterator[Connection]:
-        """A reading transaction on a catalog that holds every acknowledged commit."""
-        acknowledged = None if self._counter is None else self._counter.read()
-        with self._reading() as connection:
-            if self._counter is not None:
-                check_commits(acknowledged, self._catalog.generation(connection), self._identity)
-            yield connection
-
-    @contextmanager
     def _writing(self) -> Iterator[Sizes]:
-        """Hold the writer lock on a bank that lost nothing and has no unfinished write.
-
-        Yields the committed size of every segment. If the block fails, states it appended are cut off again.
-        """
+        """Hold the writer lock; yields the committed size of every segment."""
         self._use(write=True)
-        with self._lock.held():
-            with self._checked_reading() as connection:
-                unfinished = self._catalog.has_erasures(connection)
-                sizes = self._catalog.segment_sizes(connection)
-            if unfinished:
-                self._erase()
-            self._segments.cut(sizes)
-            try:
-                yield sizes
-            except BaseException:
-                with suppress(MSAError):
-                    self._cut()
-                raise
+        with self._writer.held() as sizes:
+            yield sizes
 
-    @contextmanager
-    def _commit(self) -> Iterator[tuple[Connection, int]]:
-        """One SQL transaction, then its acknowledgement; the new generation."""
-        with self._database.writing() as connection:
-            generation = self._catalog.advance(connection)
-            yield connection, generation
-        if self._counter is not None:
-            self._counter.write(self._identity.bank_id, generation)
-
-    def _append(self, documents: Sequence[NewDocument], sizes: Sizes) -> dict[int, Placed]:
-        """Append the states of all passages; where each number's lie, once committed."""
-        passages = [passage for document in documents for passage in document.passages]
-        numbers = [passage.number for passage in passages]
-        if len(set(numbers)) < len(numbers):
-            raise ConfigError(f"passage numbers {numbers[:5]}... repeat; take each from reserve_numbers once")
-        if passages:
-            self._refresh_identity()
-        places = self._segments.append(map(self._packed, passages), sizes) if passages else []
-        return dict(zip(numbers, places, strict=True))
-
-    def _packed(self, passage: NewPassage) -> bytes:
-        if self._identity.fingerprint is None:
-            raise ConfigError("the bank has no model recorded yet; call bind_model before adding documents")
-        return pack(
-            passage.states,
-            bank_id=self._identity.bank_id,
-            number=passage.number,
-            fingerprint=self._identity.fingerprint,
-        )
-
-    def _cut(self) -> None:
-        with self._reading() as connection:
-            sizes = self._catalog.segment_sizes(connection)
-        self._segments.cut(sizes)
-
-    def _erase(self) -> Scrubbed:
-        """Overwrite what removals left. What fails is not lost: the next write tries again."""
-        try:
-            return self._try_erase()
-        except (StorageError, LockedError) as error:
-            return Scrubbed(done=False, left=(f"bytes of what was removed, until the next write: {error}",))
-
-    def _try_erase(self) -> Scrubbed:
-        with self._reading() as connection:
-            pending = self._catalog.pending_erasures(connection)
-        if not pending:
-            return Scrubbed(done=True, left=())
-        self._segments.erase(span for _, span in pending if span is not None)
-        whole = any(span is None for _, span in pending)  # a replaced document keeps its text as a version
-        scrubbed = self._database.scrub() if whole else Scrubbed(done=True, left=())
-        if scrubbed.done:
-            with self._database.writing() as connection:
-                self._catalog.finish_erasures(connection, pending[-1][0])
-        return scrubbed
+    def _model(self) -> str | None:
+        self._refresh_identity()
+        return self._identity.fingerprint
 
     def _locate(self, number: int) -> PassageRecord | None:
         self._refresh_identity()
@@ -659,7 +546,7 @@ def _not_found(namespace: str, ids: Sequence[str]) -> NotFoundError:
 def _check_storable(document: NewDocument, *, postgresql: bool) -> None:
     """InvalidDocumentError for text no database can hold."""
     fields = (document.namespace, document.id, document.text, document.source or "", document.trust or "")
-    for value in fields:
+    for value in (*fields, *(passage.header for passage in document.passages)):
         try:
             value.encode()
         except UnicodeEncodeError as error:

@@ -21,6 +21,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from msa_memory.errors import LockedError, StorageError
 from msa_memory.persistence.disk import guarded, opened
 
+__all__ = ["AdvisoryLock", "FileLock", "ThreadLock", "WriterLock"]
+
 _POLL_S = 0.01
 
 

@@ -49,10 +49,13 @@ PUBLIC_NAMES = [
     "AnswerChunk",
     "Context",
     "Document",
+    "ForgetReceipt",
     "MSAError",
     "MemoryConfig",
     "MemoryModel",
+    "Page",
     "Source",
+    "Stats",
     "__version__",
 ]
 # Each would run code found in data, or hand a string to a shell.

@@ -114,9 +114,6 @@ def test_help_loads_nothing_heavy(tmp_path: Path) -> None:
     assert not {"torch", "sqlalchemy", "msa_memory.memory"} & set(loaded_modules(["--help"], tmp_path))
 
 
-@pytest.mark.xfail(
-    reason="engine/models.py imports torch at its top; move it into _convert and delete this mark"
-)
 def test_listing_models_loads_no_torch(tmp_path: Path) -> None:
     assert "torch" not in loaded_modules(["models", "list"], tmp_path)
 

@@ -386,7 +386,7 @@ def test_a_full_disk_leaves_nothing_behind(
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(models, "write_files", full)
+    monkeypatch.setattr("msa_memory.engine.checkpoint.write_files", full)
     with pytest.raises(StorageError, match="No space left"):
         fetch_tiny(tmp_path)
     assert [p.name for p in (tmp_path / "cache" / "models").iterdir()] == [".tiny.lock"]

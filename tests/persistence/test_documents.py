@@ -150,6 +150,12 @@ def test_metadata_that_is_not_json_is_refused(store, new, metadata):
 def test_text_that_no_database_holds_is_refused(store, new):
     with pytest.raises(InvalidDocumentError, match="surrogate"):
         store.add([NewDocument(id="a", namespace="default", text="half \ud800")])
+    with pytest.raises(InvalidDocumentError, match="surrogate"):
+        store.add([new(store, "a", metadata={"deep": ["\ud800"]})])
+    with pytest.raises(InvalidDocumentError, match="surrogate"):
+        store.get("default", "\ud800")
+    with pytest.raises(InvalidDocumentError, match="64-bit"):
+        store.passages([2**70])
 
 
 def test_replace_keeps_history_and_swaps_passages(any_store, new):

@@ -30,7 +30,7 @@ from msa_memory.persistence.tables import metadata
 
 def test_persistence_needs_no_torch_and_no_engine():
     program = (
-        "import sys, msa_memory.persistence; from msa_memory.persistence import Store; Store.open(None).close();"
+        "import sys; from msa_memory.persistence import Store; Store.open(None).close();"
         "print([name for name in sys.modules if name == 'torch' or name.startswith('msa_memory.engine')])"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

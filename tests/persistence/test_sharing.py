@@ -84,7 +84,7 @@ def test_a_held_lock_is_named_and_reading_goes_on(folder, store, new):
     store.add([new(store, "a")])
     with Store.open(folder, lock_timeout_s=0.1) as other:
         document = new(other, "b")
-        with store._lock.held():
+        with store._writer.held():
             with pytest.raises(LockedError, match=rf"process {os.getpid()} .*0\.1 s"):
                 other.add([document])
             assert other.count("default") == 1
@@ -98,7 +98,7 @@ def test_a_lock_held_by_a_thread_is_named(folder, new):
         held, done = threading.Event(), threading.Event()
 
         def hold() -> None:
-            with store._lock.held():
+            with store._writer.held():
                 held.set()
                 done.wait(10)
 
@@ -125,7 +125,7 @@ def test_two_hosts_share_one_postgresql_catalog(postgres_url, tmp_path, new, sta
                 assert bytes(store.states(record)["keys"].data) == states_of(record.number)["keys"].data
             assert store.verify() == ()
         document = new(two, "c")
-        with one._lock.held(), pytest.raises(LockedError, match="advisory"):
+        with one._writer.held(), pytest.raises(LockedError, match="advisory"):
             two.add([document])
         receipt = two.forget("default", ids=["a"])
         assert "VACUUM FULL" in receipt.beyond_reach[0]
