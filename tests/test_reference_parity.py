@@ -25,6 +25,8 @@ from msa_memory.engine.config import MSAConfig, read_backbone, read_msa
 from msa_memory.engine.context import Feed, Sequence, advance
 from msa_memory.engine.decoder import Decoder
 from msa_memory.engine.encoding import encode_head, encode_passage
+from msa_memory.engine.id_grammar import RetrievalTokens
+from msa_memory.engine.interleave import Interleave, InterleaveOptions
 from msa_memory.engine.layout import PromptLayout, read_layout
 from msa_memory.engine.states import HeadStates, PassageStates
 from msa_memory.engine.train.forward import PackedOutput, PackedRow, forward_packed
@@ -99,6 +101,10 @@ class CharTokenizer:
         return [CONTROL.index(part) if part in CONTROL else ord(part) for part in found]
 
     encode_prompt = encode
+    vocab_size = 256
+
+    def token_id(self, text: str) -> int | None:
+        return CONTROL.index(text) if text in CONTROL else None
 
     def decode(self, ids: list[int], *, skip_special: bool = False) -> str:
         return "".join(CONTROL[number] if number < len(CONTROL) else chr(number) for number in ids)
@@ -381,11 +387,44 @@ def folders_with_interleave() -> list[Path]:
 
 @pytest.mark.parametrize("fixture", folders_with_interleave(), indirect=True, ids=lambda folder: folder.name)
 class TestInterleaveScenario:
-    """The scenario's texts against what the engine itself writes and reads (msa-spec 9).
+    """The scenario's texts against what the engine itself writes and reads (msa-spec 9)."""
 
-    ``msa_memory.engine.interleave`` belongs here: the rounds it builds from ``docs`` and ``question`` must be
-    these ids, codes and texts.
-    """
+    def test_the_engine_interleaves_as_the_reference_does(self, fixture: Fixture) -> None:
+        scenario, golden, prompt = fixture.inputs["interleave"], fixture.golden, fixture.prompt()
+        memory = Memory.read(fixture, fixture.msa, scenario["template_head_ids"], scenario["doc_token_ids"])
+        tokens = RetrievalTokens(CharTokenizer(), prompt.layout.delimiter)  # type: ignore[arg-type]
+        asking = Interleave(
+            memory.decoder,
+            prompt,
+            tokens,
+            start=lambda: Sequence.start(
+                memory.decoder,
+                memory.head,
+                position=prompt.question_position,
+                view=memory.view,
+                top_k=fixture.msa.top_k,
+            ),
+            view=memory.view,
+            texts=lambda numbers: {number: scenario["docs"][number] for number in numbers},
+            question=scenario["question"],
+            options=InterleaveOptions(reprefill=True, bidirectional=True),
+        )
+        first, second = scenario["rounds"]
+
+        def close(logits: Tensor, name: str) -> None:
+            assert (logits - golden[name]).abs().max() < 1e-4, name
+
+        close(asking.ask(), "interleave.round0.prefill_last_logits")
+        asking.feed(first["forced_token_ids"][:-1])  # the delimiter is fed with the texts
+        close(asking.inject([3, 0]), "interleave.round1.prefill_last_logits")
+        assert asking.ids == second["input_ids"]
+        for layer in fixture.msa.router_layers:
+            chosen = golden[f"interleave.round1.layer{layer}.selected_docs"].tolist()
+            assert list(asking.row.selections[layer].numbers) == chosen
+        asking.feed(second["forced_token_ids"])
+        again = asking.ask_again()
+        assert (again - golden["interleave.round1.after_injection_logits"][0]).abs().max() < 1e-4
+        assert asking.ids == second["returned_token_ids"][: len(asking.ids)]
 
     def test_documents_and_question_are_tokenised_as_given(self, fixture: Fixture) -> None:
         scenario, prompt = fixture.inputs["interleave"], fixture.prompt()
