@@ -40,7 +40,7 @@ QUESTIONS = (
     "What does heapq.nsmallest return?",
     "Which function shortens a text to fit a given width?",
     "What is the name of Ada's cat?",
-    "What is Minerva allergic to?",
+    "What is Minerva allergic to, according to the vet?",
     "Who teaches Ada the cello?",
 )
 

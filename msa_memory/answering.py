@@ -335,6 +335,7 @@ class Asking:
                 share,
                 [hit.document_id for hit in recalled.hits],
             )
+            hits = self._near_the_best(hits)
             if not hits:
                 break
             recalled.tokens += routing.tokens
@@ -346,6 +347,16 @@ class Asking:
             routing, recalled.hits, recalled.scores, budget, render
         )
         return recalled
+
+    def _near_the_best(self, hits: list[Hit]) -> list[Hit]:
+        """Without an explicit ``k``: only documents that score a fair share of the best one's score.
+
+        A small reader is misled by texts that have nothing to do with the question.
+        """
+        share = self.engine.calibration.get("evidence_share")
+        if self.options.k is not None or share is None or not hits:
+            return hits
+        return [hit for hit in hits if hit.score >= share * hits[0].score]
 
     def _rounds(self, routing: Routing, k: int) -> int:
         """How many rounds to go: one where the first is confident, or the model was not trained for more."""

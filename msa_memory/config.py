@@ -39,7 +39,7 @@ class MemoryConfig(BaseModel):
     interleave_bidirectional: bool = False
     """Generative evidence: the reference's quirk of showing the repeated question to itself in full."""
     max_evidence_tokens: int = Field(default=1024, ge=64)
-    max_new_tokens: int = Field(default=128, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1)
     min_score: float | None = None
     """Router score below which nothing counts as relevant; None takes the model's calibrated value."""
     router_normalize: bool | None = None
