@@ -8,7 +8,7 @@ the projections then train on them without running the model again.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from msa_memory.engine.states import HeadStates
 __all__ = ["HiddenStates", "cache_documents", "cache_questions"]
 
 SHARD_ITEMS = 512
+Compute = Callable[[Sequence[list[int]]], list[Tensor]]
 
 
 @dataclass(slots=True)
@@ -116,7 +117,7 @@ def cache_questions(
     return _sharded(questions, compute, folder, "questions")
 
 
-def _sharded(items: Sequence[list[int]], compute, folder: Path, what: str) -> HiddenStates:  # type: ignore[no-untyped-def]
+def _sharded(items: Sequence[list[int]], compute: Compute, folder: Path, what: str) -> HiddenStates:
     folder.mkdir(parents=True, exist_ok=True)
     shards, started = [], time.monotonic()
     for start in range(0, len(items), SHARD_ITEMS):

@@ -18,7 +18,7 @@ from msa_memory.engine.context import Feed, Sequence, advance
 from msa_memory.engine.decoder import Decoder
 from msa_memory.engine.encoding import encode_head
 from msa_memory.engine.models import DEFAULT_MODEL, resolve
-from msa_memory.errors import CheckpointError, ModelNotFoundError
+from msa_memory.errors import CheckpointError
 
 VOCAB = 173
 TOLERANCE = 1e-4
@@ -178,10 +178,7 @@ def test_prefill_and_decode_are_a_plain_causal_model(family: str, tmp_path: Path
 def test_smollm2_is_what_transformers_makes_of_the_same_folder() -> None:
     import transformers
 
-    try:
-        folder = resolve(DEFAULT_MODEL, allow_download=False)
-    except ModelNotFoundError as error:
-        pytest.skip(str(error))
+    folder = resolve(DEFAULT_MODEL)
     torch.set_num_threads(2)
     decoder = engine_model(folder)
     ids = some_ids(300, decoder.config.vocab_size)
