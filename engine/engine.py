@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Turns
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.resources import files
@@ -35,7 +36,7 @@ from msa_memory.engine.id_grammar import RetrievalTokens
 from msa_memory.engine.interleave import Interleave, InterleaveOptions, Texts
 from msa_memory.engine.layout import Layout, PromptLayout, read_layout
 from msa_memory.engine.passages import Span, split_passages
-from msa_memory.engine.sampling import SamplingOptions
+from msa_memory.engine.sampling import Constraint, SamplingOptions
 from msa_memory.engine.states import HeadStates, PassageStates
 from msa_memory.engine.tokenizer import Tokenizer
 from msa_memory.errors import ConfigError, ModelNotFoundError
@@ -114,14 +115,22 @@ class Engine:
         )
 
     def route(
-        self, question: str, view: BankView, *, top_k: int | None = None, evidence: str = ""
+        self,
+        question: str,
+        view: BankView,
+        *,
+        top_k: int | None = None,
+        evidence: str = "",
+        turns_before: str = "",
     ) -> Routing:
         """Score all visible passages for a question (router evidence, pass 1: no memory attention).
 
-        With ``evidence`` the newest evidence routes along with the question, as in a later round.
+        With ``evidence`` the newest evidence routes along with the question, as in a later round;
+        ``turns_before`` is read before it and does not route.
         """
+        prompt = self.prompt
         ids, routes = (
-            self.prompt.follow_up(evidence, question) if evidence else self.prompt.question(question)
+            prompt.follow_up(evidence, question) if evidence else prompt.question(question, turns_before)
         )
         row = self.start(view, top_k=top_k, capacity=len(ids))
         route(self.decoder, [Feed(row, ids, routes)])
@@ -164,16 +173,41 @@ class Engine:
         self,
         view: BankView,
         selections: dict[int, Selection],
-        evidence: str,
-        question: str,
+        ids: list[int],
         options: SamplingOptions,
+        constraint: Constraint | None = None,
     ) -> Generation:
-        """Prefill evidence and question over the chosen passages' states (pass 2); decode is next."""
-        ids = self.prompt.reading(evidence, question)
+        """Prefill a prompt with evidence over the chosen passages' states (pass 2); decode is next.
+
+        ``ids`` come from ``prompt.reading`` or ``prompt.conversation``.
+        """
         row = self.start(view, capacity=len(ids) + options.max_new_tokens)
         row.attend_to(selections, {layer: slot for slot, layer in enumerate(self.msa.router_layers)})
         logits = advance(self.decoder, [Feed(row, ids)])
-        return Generation(self.tokenizer, options, row, logits[0])
+        return Generation(self.tokenizer, options, row, logits[0], constraint)
+
+    def chat(
+        self, ids: list[int], options: SamplingOptions, constraint: Constraint | None = None
+    ) -> Generation:
+        """Prefill a plain conversation, without any memory; decode is next."""
+        row = Row.start(
+            self.decoder,
+            self.head.first(0),
+            position=0,
+            view=None,
+            top_k=0,
+            capacity=len(ids) + options.max_new_tokens,
+        )
+        logits = advance(self.decoder, [Feed(row, ids)])
+        return Generation(self.tokenizer, options, row, logits[0], constraint)
+
+    def chat_ids(self, turns: Turns[tuple[str, str]]) -> list[int]:
+        """Ids of (role, content) turns in the checkpoint's own chat template.
+
+        Raises:
+            ConfigError: the checkpoint has no chat template, or it refuses these turns.
+        """
+        return self.tokenizer.encode_chat([{"role": role, "content": content} for role, content in turns])
 
     def interleave(
         self,

@@ -6,12 +6,13 @@ Knows sampling, stop strings and stop tokens; the forward pass belongs to ``cont
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from torch import Tensor
 
 from msa_memory.engine.context import Feed, Sequence, advance
 from msa_memory.engine.decoder import Decoder
-from msa_memory.engine.sampling import Sampler, SamplingOptions, StopScanner
+from msa_memory.engine.sampling import Constraint, Sampler, SamplingOptions, StopScanner
 from msa_memory.engine.tokenizer import TextStream, Tokenizer
 
 __all__ = ["Generation", "decode", "decode_batch"]
@@ -24,12 +25,18 @@ class Generation:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, options: SamplingOptions, sequence: Sequence, logits: Tensor
+        self,
+        tokenizer: Tokenizer,
+        options: SamplingOptions,
+        sequence: Sequence,
+        logits: Tensor,
+        constraint: Constraint | None = None,
     ) -> None:
         self.sequence = sequence
         self.options = options
+        self.constraint = constraint
         self.ids: list[int] = []
-        self.finish_reason: str | None = None
+        self.finish_reason: Literal["stop", "length"] | None = None
         self._stop_ids = tokenizer.stop_ids
         self._stream = TextStream(tokenizer, skip_special=True)
         self._scanner = StopScanner(options.stop)
@@ -44,14 +51,19 @@ class Generation:
 
     def accept(self, logits: Tensor) -> None:
         """Choose the next token from logits ``[V]`` and work out what may be shown."""
-        token = self._sampler(logits)
+        constraint = self.constraint
+        token = self._sampler(logits, constraint.allowed() if constraint else None)
         self.ids.append(token)
+        if constraint:
+            constraint.accept(token)
         if token in self._stop_ids:
             self._finish("stop")
             return
         self._show(self._scanner.push(self._stream.push(token)))
         if self._scanner.stopped:
             self.finish_reason = "stop"
+        elif constraint and constraint.finished:
+            self._finish("stop")
         elif len(self.ids) >= self.options.max_new_tokens:
             self._finish("length")
 
@@ -67,7 +79,7 @@ class Generation:
             self._text.append(text)
             self._pending += text
 
-    def _finish(self, reason: str) -> None:
+    def _finish(self, reason: Literal["stop", "length"]) -> None:
         self._show(self._scanner.push(self._stream.flush()))
         self._show(self._scanner.flush())
         self.finish_reason = reason

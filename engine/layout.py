@@ -101,12 +101,16 @@ class PromptLayout:
             *self.document_end,
         ]
 
-    def question(self, question: str) -> tuple[list[int], list[bool]]:
-        """Ids of the question as it routes, and which of them route (tail and response head do not)."""
+    def question(self, question: str, turns_before: str = "") -> tuple[list[int], list[bool]]:
+        """Ids of the question as it routes, and which of them route (tail and response head do not).
+
+        ``turns_before`` is what was said just before: it is read, and does not route.
+        """
         layout = self.layout
         asked = self.tokenizer.encode(layout.question_before + question + layout.question_after)
         if layout.documents == "bare":
-            return asked, [True] * len(asked)
+            said = self.tokenizer.encode(turns_before + "\n") if turns_before else []
+            return said + asked, [False] * len(said) + [True] * len(asked)
         rest = [*self.tail, *self.response]
         return asked + rest, [True] * len(asked) + [False] * len(rest)
 
@@ -126,6 +130,27 @@ class PromptLayout:
         """Ids of the question as it is asked again before the answer, without the closing delimiter."""
         asked = self.tokenizer.encode(f"The user's question is: {question}\n")
         return [*self.tokenizer.encode_prompt(self.layout.reinjection_start), *asked]
+
+    def conversation(
+        self, turns: Sequence[tuple[str, str]], evidence: str, asked: int, system: str = ""
+    ) -> list[int]:
+        """Ids of a conversation read with evidence, up to where the answer starts (the head is not included).
+
+        ``turns`` are (role, content). The system's words and the evidence stand in the user turn ``asked``;
+        a lone user turn is read as ``reading`` reads it.
+        """
+        ids: list[int] = []
+        for number, (role, content) in enumerate(turns):
+            if number == asked:
+                said = f"{system}\n\n" if system else ""
+                layout = self.layout
+                content = said + layout.evidence_before + evidence + layout.evidence_after + content
+            if number == 0:
+                opening = [*self.tail, *self.response] if role == "assistant" else []
+            else:
+                opening = self.response if role == "assistant" else self.head
+            ids += [*opening, *self.tokenizer.encode(content), *self.tail]
+        return [*ids, *self.response]
 
     def follow_up(self, evidence: str, question: str) -> tuple[list[int], list[bool]]:
         """Ids that route a later round of router evidence: the newest evidence, then the question."""

@@ -4,17 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from msa_memory.errors import ConfigError
+from msa_memory.errors import ConfigError, EngineError
 
-__all__ = ["Sampler", "SamplingOptions", "StopScanner"]
+__all__ = ["Constraint", "Sampler", "SamplingOptions", "StopScanner"]
 
 COLDEST = 1e-6
 """Below this temperature sampling is greedy but for ties, and a division by it would overflow."""
+
+
+class Constraint(Protocol):
+    """What an answer may look like, token by token: a grammar, a JSON schema, a list of choices."""
+
+    @property
+    def finished(self) -> bool:
+        """The answer is complete: generation ends here."""
+        ...
+
+    def allowed(self) -> Tensor | None:
+        """Tokens that may come next, bool ``[V]`` (shorter: the rest may not); None allows all."""
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """Take note of the token that was chosen."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +73,9 @@ class Sampler:
         if options.temperature > 0 and options.seed is not None:
             self.random = torch.Generator(device).manual_seed(options.seed)
 
-    def __call__(self, logits: Tensor) -> int:
+    def __call__(self, logits: Tensor, allowed: Tensor | None = None) -> int:
+        if allowed is not None:
+            logits = _masked(logits, allowed)
         if self.options.temperature == 0:
             return int(logits.argmax())
         scaled = (logits.float() - logits.max()) / max(self.options.temperature, COLDEST)
@@ -64,6 +83,16 @@ class Sampler:
         beyond = ranked.cumsum(0) - ranked >= self.options.top_p
         kept = ranked.masked_fill(beyond, 0.0)
         return int(order[torch.multinomial(kept, 1, generator=self.random)])
+
+
+def _masked(logits: Tensor, allowed: Tensor) -> Tensor:
+    """The logits with every token that is not allowed at -inf."""
+    allowed = allowed.to(logits.device)[: len(logits)]
+    if not allowed.any():
+        raise EngineError("the constraint allows no token at all; check that its grammar can be completed")
+    masked = torch.full_like(logits, -torch.inf)
+    masked[: len(allowed)] = logits[: len(allowed)].masked_fill(~allowed, -torch.inf)
+    return masked
 
 
 class StopScanner:

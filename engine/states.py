@@ -31,6 +31,10 @@ class HeadStates:
     def length(self) -> int:
         return self.keys.shape[2]
 
+    def first(self, tokens: int) -> HeadStates:
+        """The states of the first so many tokens."""
+        return HeadStates(self.keys[:, :, :tokens], self.values[:, :, :tokens])
+
 
 @dataclass(frozen=True, slots=True)
 class PassageStates:

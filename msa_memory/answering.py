@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msa_memory.config import MemoryConfig
+from msa_memory.conversation import Conversation
 from msa_memory.engine.bank import BankView
 from msa_memory.engine.engine import Engine, Routing
 from msa_memory.engine.generation import Generation
 from msa_memory.engine.interleave import ANSWER_PREFIX, InterleaveOptions
-from msa_memory.engine.sampling import SamplingOptions
+from msa_memory.engine.sampling import Constraint, SamplingOptions
 from msa_memory.errors import ConfigError, InvalidDocumentError, LimitError, NotFoundError
 from msa_memory.living_bank import LivingBank
 from msa_memory.persistence import PassageText, Store
@@ -78,6 +79,10 @@ class AnswerOptions:
     evidence: Literal["auto", "router", "generative"] = "auto"
     max_tokens: int | None = None
     """Of evidence."""
+    conversation: Conversation | None = None
+    """What to continue; ``question`` is its newest user turn."""
+    recall: bool = True
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         if self.stop is not None and not isinstance(self.stop, str | Sequence):
@@ -170,11 +175,13 @@ class Asking:
     def answer(self) -> Generator[AnswerChunk | None, None, Answer]:
         """Retrieve, read, answer; yields text as it becomes safe to show, at the end the whole Answer."""
         clock = _Clock()
-        view = self._view()
-        if self._evidence() == "generative" and len(view):
-            answer = yield from self._interleaved(view, clock)
+        if self.options.recall and self.options.question.strip():
+            view = self._view()
+            generative = self._evidence() == "generative" and not self._continues()
+            ways = self._interleaved if generative and len(view) else self._routed
+            answer = yield from ways(view, clock)
         else:
-            answer = yield from self._routed(view, clock)
+            answer = yield from self._generated(self._chat(), _Recalled(), clock)
         yield AnswerChunk(text="", answer=answer)
         return answer
 
@@ -187,11 +194,20 @@ class Asking:
         if generation is None:
             text = yield from _shown((), otherwise=self._why_nothing(view))
             return self._answer("", text, recalled, Usage(prompt_tokens=recalled.tokens), clock)
-        text = yield from _shown(self.engine.decode(generation))
+        return (yield from self._generated(generation, recalled, clock))
+
+    def _generated(
+        self, generation: Generation, recalled: _Recalled, clock: _Clock
+    ) -> Generator[AnswerChunk | None, None, Answer]:
+        """Decode what was prefilled."""
+        otherwise = "" if self.options.conversation else NOTHING_FOUND
+        text = yield from _shown(self.engine.decode(generation), otherwise=otherwise)
         clock.lap("decode_s")
         prompt_tokens = recalled.tokens + generation.sequence.fed_tokens - len(generation.ids) + 1
         usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=len(generation.ids))
-        return self._answer(generation.text, text, recalled, usage, clock)
+        reason = generation.finish_reason or "stop"
+        found = generation.text if recalled.excerpts else ""
+        return self._answer(found, text, recalled, usage, clock, reason)
 
     def _read(
         self, view: BankView, budget: int, clock: _Clock
@@ -202,18 +218,50 @@ class Asking:
         best = float(routing.mean().max(initial=-np.inf))
         if len(view) == 0 or best < self._min_score():
             clock.lap("route_s")
-            return _Recalled(tokens=routing.tokens), None
+            return _Recalled(tokens=routing.tokens), self._chat() if self.options.conversation else None
         recalled = yield from self._recall(view, routing, budget, evidence_entry)
         clock.lap("route_s")
         generation = self.engine.read(
             view,
             routing.selections,
-            evidence_text(recalled.excerpts),
-            self.options.question,
+            self._prompt_ids(evidence_text(recalled.excerpts)),
             self.options.sampling(self.config),
+            self.options.constraint,
         )
         clock.lap("prefill_s")
         return recalled, generation
+
+    def _chat(self) -> Generation:
+        """Prefill the conversation alone, as the backbone's own chat."""
+        conversation, engine = self.options.conversation, self.engine
+        if conversation is None:
+            conversation = Conversation("", (("user", self.options.question),))
+        sampling = self.options.sampling(self.config)
+        room = engine.max_positions - sampling.max_new_tokens
+        fitting = conversation.fitting(room, lambda shorter: len(engine.chat_ids(shorter.all_turns)))
+        ids = engine.chat_ids(fitting.all_turns)
+        self._check_room(len(ids), room)
+        return engine.chat(ids, sampling, self.options.constraint)
+
+    def _prompt_ids(self, evidence: str) -> list[int]:
+        conversation, prompt = self.options.conversation, self.engine.prompt
+        if conversation is None:
+            return prompt.reading(evidence, self.options.question)
+        room = self._window() - self.engine.count_tokens(evidence)
+        fitting = conversation.fitting(room, lambda shorter: len(self._conversation_ids(shorter, "")))
+        return self._conversation_ids(fitting, evidence)
+
+    def _conversation_ids(self, conversation: Conversation, evidence: str) -> list[int]:
+        assert conversation.asked is not None
+        return self.engine.prompt.conversation(
+            conversation.turns, evidence, conversation.asked, conversation.system
+        )
+
+    def _continues(self) -> bool:
+        """Whether there is more to read than one question, or a form the answer must take."""
+        conversation = self.options.conversation
+        turns = len(conversation.all_turns) if conversation else 1
+        return turns > 1 or self.options.constraint is not None
 
     def _undisturbed(
         self, view: BankView, attempt: Callable[[BankView], Generator[None, None, T]]
@@ -259,7 +307,8 @@ class Asking:
         ]
         usage = Usage(prompt_tokens=asking.result.fed_tokens, completion_tokens=len(generation.ids))
         text = generation.text.strip().removeprefix(ANSWER_PREFIX)
-        return self._answer(text, shown, _Recalled(rounds=rounds, excerpts=excerpts), usage, clock)
+        recalled, reason = _Recalled(rounds=rounds, excerpts=excerpts), generation.finish_reason or "stop"
+        return self._answer(text, shown, recalled, usage, clock, reason)
 
     # steps
 
@@ -294,15 +343,26 @@ class Asking:
     def _budget(self) -> int:
         """Tokens of evidence that the options allow and the model's context window has room for."""
         asked = self.options.max_tokens or self.config.max_evidence_tokens
-        prompt, answer = self.engine.prompt, self.options.sampling(self.config).max_new_tokens
-        fixed = prompt.question_position + len(prompt.reading("", self.options.question)) + WINDOW_RESERVE
-        room = self.engine.max_positions - fixed - answer
-        if room < MIN_EXCERPT_TOKENS:
+        conversation = self.options.conversation
+        if conversation is None:
+            fixed = len(self.engine.prompt.reading("", self.options.question))
+        else:  # its older turns make room for evidence
+            fixed = len(self._conversation_ids(conversation.newest(), ""))
+        self._check_room(fixed, self._window() - MIN_EXCERPT_TOKENS)
+        return min(asked, self._window() - fixed)
+
+    def _window(self) -> int:
+        """Positions for evidence and question, once head, memory and answer have theirs."""
+        answer = self.options.sampling(self.config).max_new_tokens
+        return self.engine.max_positions - self.engine.prompt.question_position - WINDOW_RESERVE - answer
+
+    def _check_room(self, fixed: int, room: int) -> None:
+        if fixed > room:
+            answer = self.options.sampling(self.config).max_new_tokens
             raise LimitError(
                 f"the question and instructions take {fixed} tokens and max_new_tokens is {answer}; the "
                 f"model's window of {self.engine.max_positions} leaves no room for evidence: ask for less"
             )
-        return min(asked, room)
 
     def _why_nothing(self, view: BankView) -> str:
         if len(view):
@@ -312,8 +372,11 @@ class Asking:
         return NOTHING_FOUND if self.store.count(self.namespace) else NOTHING_STORED
 
     def _route(self, view: BankView, evidence: str = "") -> Routing:
-        top_k = self.options.top_k or self.config.top_k
-        return self.engine.route(self.options.question, view, top_k=top_k, evidence=evidence)
+        top_k, conversation = self.options.top_k or self.config.top_k, self.options.conversation
+        before = conversation.said_before if conversation else ""
+        return self.engine.route(
+            self.options.question, view, top_k=top_k, evidence=evidence, turns_before=before
+        )
 
     def _recall(
         self, view: BankView, routing: Routing, budget: int, render: Callable[[Excerpt], str]
@@ -422,11 +485,13 @@ class Asking:
         recalled: _Recalled,
         usage: Usage,
         clock: _Clock,
+        finish_reason: Literal["stop", "length"] = "stop",
     ) -> Answer:
         sources = tuple(to_source(excerpt) for excerpt in recalled.excerpts)
         return Answer(
             text=shown,
             found=bool(generated.strip()),
+            finish_reason=finish_reason,
             sources=cite(generated, self.options.question, sources),
             usage=usage,
             rounds=tuple(recalled.rounds),

@@ -9,19 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = [
     "Answer",
     "AnswerChunk",
+    "ChatMessage",
     "Context",
     "Document",
     "DocumentVersion",
     "Explanation",
     "ForgetReceipt",
     "LayerExplanation",
+    "Message",
     "Page",
     "Round",
     "Source",
@@ -113,12 +115,23 @@ class Round(_Frozen):
     documents: tuple[str, ...]
 
 
+class ChatMessage(_Frozen):
+    """One message of a conversation that a memory is asked to continue."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+    name: str | None = None
+    """Who speaks, where several people share a role."""
+
+
 class Answer(_Frozen):
     """The model's answer with its evidence."""
 
     text: str
     found: bool
-    """False when nothing in the memory is relevant; the text then says so."""
+    """False when nothing in the memory is relevant: the text then says so, or in a chat is the model's own."""
+    finish_reason: Literal["stop", "length"] = "stop"
+    """``length`` where ``max_new_tokens`` cut the answer off."""
     sources: tuple[Source, ...] = ()
     usage: Usage = Usage()
     rounds: tuple[Round, ...] = ()
@@ -172,6 +185,25 @@ class ForgetReceipt(_Frozen):
     erased_at: datetime | None
     beyond_reach: tuple[str, ...] = ()
     dry_run: bool = False
+
+
+class Message(_Frozen):
+    """One message of a session, as it was said."""
+
+    session: str
+    namespace: str
+    position: int
+    """Its place in the session, from 0; a forgotten message leaves a gap."""
+    role: str
+    """``system``, ``user``, ``assistant`` or ``tool``."""
+    name: str | None = None
+    """Who spoke, where the role does not say it."""
+    content: str
+    timestamp: datetime
+    key: str | None = None
+    """What makes appending it a second time do nothing."""
+    document_id: str | None = None
+    """The memory document that holds it; None for system messages."""
 
 
 class Stats(_Frozen):
