@@ -16,6 +16,7 @@ from torch import Tensor
 
 from msa_memory.engine import ops
 from msa_memory.engine.config import MSAConfig
+from msa_memory.engine.lexical import LexicalIndex, bm25
 from msa_memory.engine.states import PassageStates
 
 __all__ = ["BankView", "MemoryBank", "Selection"]
@@ -73,6 +74,7 @@ class MemoryBank:
         self.msa = msa
         self.fetch = fetch
         self.device = torch.device(device)
+        self.lexical = LexicalIndex()
         self._blocks: list[_Block] = []
         self._home: dict[int, _Block] = {}
         self._dead = 0
@@ -88,16 +90,19 @@ class MemoryBank:
         """Passage numbers held, ascending."""
         return tuple(sorted(self._home))
 
-    def add(self, number: int, router_keys: Tensor) -> None:
-        """Hold a passage's router keys ``[L, R, G, D]`` under its number."""
+    def add(self, number: int, router_keys: Tensor, terms: Tensor | None = None) -> None:
+        """Hold a passage's router keys ``[L, R, G, D]`` and terms ``[terms, 2]`` under its number."""
         block = self._room_for(router_keys)
         block.append(number, router_keys)
         self._home[number] = block
+        if terms is not None:
+            self.lexical.add(number, terms)
 
     def remove(self, numbers: Iterable[int]) -> None:
         """Stop holding these passages; unknown numbers are ignored. Their rows are zeroed."""
         for block, gone in self._by_block(numbers).items():
             self._rebuild(self._blocks[block], gone)
+            self.lexical.remove(gone)
         self._blocks = [block for block in self._blocks if block.numbers]
 
     def view(self, visible: Numbers | None = None) -> BankView:
@@ -109,7 +114,7 @@ class MemoryBank:
             if mask.any():
                 lengths = torch.tensor(block.lengths, device=self.device)
                 blocks.append(_BlockView(block.keys, lengths, block.used, numbers, mask))
-        return BankView(self.msa, tuple(blocks), self.fetch)
+        return BankView(self.msa, tuple(blocks), self.fetch, self.lexical)
 
     def nbytes(self) -> int:
         """Bytes of resident routing keys."""
@@ -148,9 +153,12 @@ class MemoryBank:
 class BankView:
     """What one question may see of a bank, frozen at the time it was taken."""
 
-    def __init__(self, msa: MSAConfig, blocks: Sequence[_BlockView], fetch: Fetch) -> None:
+    def __init__(
+        self, msa: MSAConfig, blocks: Sequence[_BlockView], fetch: Fetch, lexical: LexicalIndex
+    ) -> None:
         self.msa = msa
         self.fetch = fetch
+        self._lexical = lexical
         self._blocks = tuple(blocks)
         parts = [block.numbers for block in blocks]
         masks = [block.visible for block in blocks]
@@ -168,7 +176,12 @@ class BankView:
             _BlockView(b.keys, b.lengths, b.used, b.numbers, b.visible & ~np.isin(b.numbers, masked))
             for b in self._blocks
         ]
-        return BankView(self.msa, blocks, self.fetch)
+        return BankView(self.msa, blocks, self.fetch, self._lexical)
+
+    def score_words(self, terms: frozenset[int]) -> NDArray[np.float32]:
+        """BM25 of all passages of ``numbers`` for a question's terms, 0..1; masked passages score 0."""
+        lengths = self._lexical.lengths(self.numbers)
+        return bm25(self._lexical.postings(terms), terms, self.numbers, lengths, self.visible)
 
     def score(self, slot: int, query: Tensor) -> NDArray[np.float32]:
         """Scores of all passages of ``numbers`` for router queries ``[T, H, D]`` on router layer ``slot``.

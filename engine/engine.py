@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Turns
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from msa_memory.engine import ops
+from msa_memory.engine.adapter import load_adapter, merge
 from msa_memory.engine.bank import BankView, MemoryBank, Selection
 from msa_memory.engine.checkpoint import Checkpoint, open_checkpoint
 from msa_memory.engine.config import MSAConfig, read_backbone, read_msa
@@ -35,6 +36,7 @@ from msa_memory.engine.generation import Generation, decode
 from msa_memory.engine.id_grammar import RetrievalTokens
 from msa_memory.engine.interleave import Interleave, InterleaveOptions, Texts
 from msa_memory.engine.layout import Layout, PromptLayout, read_layout
+from msa_memory.engine.lexical import passage_terms, question_terms
 from msa_memory.engine.passages import Span, split_passages
 from msa_memory.engine.sampling import Constraint, SamplingOptions
 from msa_memory.engine.states import HeadStates, PassageStates
@@ -58,11 +60,19 @@ class Routing:
     queries: dict[int, Tensor]
     view: BankView
     tokens: int
+    words: NDArray[np.float32]
+    """The lexical scores ``[P]``, 0..1."""
+    lexical_weight: float
 
     def mean(self) -> NDArray[np.float32]:
         """Mean score over the router layers ``[P]``."""
         mean: NDArray[np.float32] = self.scores.mean(axis=0)
         return mean
+
+    def relevance(self) -> NDArray[np.float32]:
+        """Weighted mean of the routers' mean and the lexical score ``[P]``, -1..1; masked ones -inf."""
+        weight = np.float32(self.lexical_weight)
+        return (self.mean() + weight * self.words) / (1 + weight)
 
 
 @dataclass(eq=False)
@@ -97,7 +107,8 @@ class Engine:
 
     def encode(self, number: int, header: str, text: str) -> PassageStates:
         """States of one passage under its number."""
-        return encode_passage(self.decoder, self.prompt.document(number, header, text))
+        states = encode_passage(self.decoder, self.prompt.document(number, header, text))
+        return replace(states, terms=passage_terms(header + text))
 
     def new_bank(self, fetch: Callable[[int], PassageStates]) -> MemoryBank:
         """An empty bank of this model's states."""
@@ -122,12 +133,17 @@ class Engine:
         top_k: int | None = None,
         evidence: str = "",
         turns_before: str = "",
+        lexical_weight: float | None = None,
     ) -> Routing:
         """Score all visible passages for a question (router evidence, pass 1: no memory attention).
 
         With ``evidence`` the newest evidence routes along with the question, as in a later round;
-        ``turns_before`` is read before it and does not route.
+        ``turns_before`` is read before it and does not route. ``lexical_weight`` None is the model's own.
         """
+        weight = self.calibration.get("lexical_weight", 0.0) if lexical_weight is None else lexical_weight
+        words = (
+            view.score_words(question_terms(question)) if weight else np.zeros(len(view.numbers), np.float32)
+        )
         prompt = self.prompt
         ids, routes = (
             prompt.follow_up(evidence, question) if evidence else prompt.question(question, turns_before)
@@ -141,6 +157,8 @@ class Engine:
             dict(row.queries),
             view,
             len(ids),
+            words,
+            weight,
         )
 
     def best_chunk(self, routing: Routing, number: int, header: str, text: str) -> tuple[int, int]:
@@ -246,8 +264,12 @@ def load_engine(
     device: str = "auto",
     dtype: str = "auto",
     router_normalize: bool | None = None,
+    adapter: Path | bool = True,
 ) -> Engine:
     """Load a checkpoint with its routers; ``name`` selects the routers this package ships for a backbone.
+
+    An ``adapter.safetensors`` beside the routers or in the checkpoint's folder is merged into the weights;
+    ``adapter`` False leaves it out, a path names another one.
 
     Raises:
         CheckpointError: the files are damaged, incomplete or of an unsupported kind.
@@ -264,6 +286,9 @@ def load_engine(
             "`python -m msa_memory.engine.train router` or open a model that has them"
         )
     decoder = _load_decoder(checkpoint, config, msa, routers, device, dtype)
+    adapted = _adapter_file(path, routers, adapter)
+    if adapted is not None:
+        merge(decoder, load_adapter(adapted))
     tokenizer, layout = checkpoint.tokenizer(), read_layout(config)
     return Engine(
         name or path.name,
@@ -271,7 +296,7 @@ def load_engine(
         msa,
         tokenizer,
         PromptLayout(layout, tokenizer, msa),
-        _fingerprint(checkpoint, routers, msa, layout, tokenizer),
+        _fingerprint(checkpoint, routers, adapted, msa, layout, tokenizer),
         dict(config["msa_config"].get("calibration") or {}),
     )
 
@@ -290,6 +315,14 @@ def _shipped_routers(name: str | None) -> _Routers | None:
         return None
     msa_config = json.loads((folder / "router.json").read_text(encoding="utf-8"))
     return _Routers(folder / "router.safetensors", msa_config)
+
+
+def _adapter_file(path: Path, routers: _Routers | None, wanted: Path | bool) -> Path | None:
+    if isinstance(wanted, Path):
+        return wanted
+    folder = routers.weights.parent if routers else path if path.is_dir() else path.parent
+    found = folder / "adapter.safetensors"
+    return found if wanted and found.is_file() else None
 
 
 def _load_decoder(
@@ -345,10 +378,16 @@ def _dtype(dtype: str, config: dict[str, Any], device: str) -> torch.dtype:
 
 
 def _fingerprint(
-    checkpoint: Checkpoint, routers: _Routers | None, msa: MSAConfig, layout: Layout, tokenizer: Tokenizer
+    checkpoint: Checkpoint,
+    routers: _Routers | None,
+    adapter: Path | None,
+    msa: MSAConfig,
+    layout: Layout,
+    tokenizer: Tokenizer,
 ) -> str:
-    """What decides the states: weights, routers, pooling, router layers, layout and tokenizer."""
-    weights = [*checkpoint.weight_files, *([routers.weights] if routers else [])]
+    """What decides the states: weights, routers, adapter, pooling, router layers, layout and tokenizer."""
+    added = [routers.weights if routers else None, adapter]
+    weights = [*checkpoint.weight_files, *(file for file in added if file is not None)]
     settings = {**asdict(msa), "layout": layout.as_dict(), "tokenizer": tokenizer.digest()}
     for unrelated in ("loss_weights", "aux_loss_method", "infonce_temperature", "evidence", "top_k"):
         settings.pop(unrelated)

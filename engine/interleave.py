@@ -36,20 +36,29 @@ Texts = Callable[[Sequence[int]], dict[int, str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InterleaveOptions:
-    """``max_rounds`` caps retrieval rounds, ``k`` the passages named in one round."""
+    """``max_rounds`` caps retrieval rounds, ``k`` the passages named in one round.
+
+    ``max_evidence_tokens`` caps the injected texts of all rounds together; None leaves it to the window.
+    """
 
     max_rounds: int = 4
     k: int = 16
+    max_evidence_tokens: int | None = None
     reprefill: bool = False
     bidirectional: bool = False
 
 
 @dataclass(slots=True)
 class Interleaved:
-    """What happened: the passages of each round, the tokens fed so far, and the answer's generation."""
+    """What happened: the passages of each round, the tokens fed so far, and the answer's generation.
+
+    ``dropped`` passages were named and found no room.
+    """
 
     rounds: list[tuple[int, ...]] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
     fed_tokens: int = 0
+    evidence_tokens: int = 0
     generation: Generation | None = None
 
 
@@ -92,7 +101,7 @@ class Interleave:
             if turn.ended:
                 break
             seen.update(turn.named)
-            logits = self.inject(turn.named)
+            logits = self.inject(turn.named, self._room(sampling))
             yield None
         logits = self.ask_again()
         generation = self.result.generation = Generation(self.prompt.tokenizer, sampling, self.row, logits)
@@ -107,12 +116,16 @@ class Interleave:
         self.row.carried = dict(self.row.queries)
         return logits
 
-    def inject(self, named: Sequence[int]) -> Tensor:
-        """Feed the delimiter and the named passages' texts, ascending; question and texts route anew."""
+    def inject(self, named: Sequence[int], room: int | None = None) -> Tensor:
+        """Feed the delimiter and the named passages' texts, ascending; question and texts route anew.
+
+        Passages whose text exceeds what is left of ``room`` tokens are dropped, the last named first.
+        """
         texts = self.texts(named)
-        numbers = tuple(number for number in sorted(set(named)) if number in texts)
+        numbers = tuple(sorted(self._fitting([n for n in dict.fromkeys(named) if n in texts], texts, room)))
         self.result.rounds.append(numbers)
         block = self.prompt.injection([(number, texts[number]) for number in numbers])
+        self.result.evidence_tokens += len(block)
         delimiter = [self.tokens.delimiter]
         routes = [False, *[True] * len(block), False]
         if self.options.reprefill:
@@ -131,6 +144,26 @@ class Interleave:
         self.ids.extend(ids)
         self.result.fed_tokens += len(ids)
         return advance(self.decoder, [Feed(self.row, ids, routes, bidirectional)])[0]
+
+    def _room(self, sampling: SamplingOptions) -> int:
+        """Tokens that may still be injected, so that question and answer keep their place in the window."""
+        again = len(self.prompt.reinjection(self.question)) + 1
+        delimiters = 2 * (self.options.max_rounds + 1)
+        window = self.decoder.config.max_positions - self.row.position
+        room = window - again - delimiters - sampling.max_new_tokens
+        limit = self.options.max_evidence_tokens
+        return room if limit is None else min(room, limit - self.result.evidence_tokens)
+
+    def _fitting(self, named: list[int], texts: dict[int, str], room: int | None) -> list[int]:
+        fitting = []
+        for number in named:
+            size = len(self.prompt.injection([(number, texts[number])]))
+            if room is not None and size > room:
+                self.result.dropped.append(number)
+            else:
+                fitting.append(number)
+                room = None if room is None else room - size
+        return fitting
 
     def mean_scores(self) -> dict[int, float]:
         """Mean score over the router layers of every visible passage, from the last routing."""

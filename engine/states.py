@@ -6,7 +6,7 @@ Knows the shapes and how they travel as plain bytes; not where they are stored.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from msa_memory.types import TensorBytes
 
 __all__ = ["HeadStates", "PassageStates"]
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
+_TENSORS = ("keys", "values", "router_keys", "terms")
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -42,29 +43,27 @@ class PassageStates:
 
     ``keys`` and ``values`` ``[L, G, C, D]``: chunk means of post-RoPE keys and of values.
     ``router_keys`` ``[L, R, G, D]``: chunk means of routing keys, unit length per head where the model
-    scores with cosines; R differs from C when ``router_chunk`` differs from ``chunk``.
+    scores with cosines; R differs from C when ``router_chunk`` differs from ``chunk``. ``terms``
+    ``[terms, 2]`` are hashed words and their counts (``lexical``).
     """
 
     keys: Tensor
     values: Tensor
     router_keys: Tensor
+    terms: Tensor = field(default_factory=lambda: torch.empty(0, 2, dtype=torch.int64))
 
     @property
     def chunks(self) -> int:
         return self.keys.shape[2]
 
     def to_bytes(self) -> dict[str, TensorBytes]:
-        """The three tensors as safetensors-style bytes."""
-        return {
-            "keys": _to_bytes(self.keys),
-            "values": _to_bytes(self.values),
-            "router_keys": _to_bytes(self.router_keys),
-        }
+        """All tensors as safetensors-style bytes."""
+        return {name: _to_bytes(getattr(self, name)) for name in _TENSORS}
 
     @classmethod
     def from_bytes(cls, tensors: Mapping[str, TensorBytes]) -> PassageStates:
         """Rebuild from ``to_bytes``; raises StateDamagedError for missing or misshapen tensors."""
-        return cls(*(tensor_from_bytes(tensors, name) for name in ("keys", "values", "router_keys")))
+        return cls(*(tensor_from_bytes(tensors, name) for name in _TENSORS))
 
 
 def tensor_from_bytes(tensors: Mapping[str, TensorBytes], name: str) -> Tensor:

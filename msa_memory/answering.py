@@ -20,7 +20,7 @@ from msa_memory.conversation import Conversation
 from msa_memory.engine.bank import BankView
 from msa_memory.engine.engine import Engine, Routing
 from msa_memory.engine.generation import Generation
-from msa_memory.engine.interleave import ANSWER_PREFIX, InterleaveOptions
+from msa_memory.engine.interleave import ANSWER_PREFIX, Interleave, InterleaveOptions
 from msa_memory.engine.sampling import Constraint, SamplingOptions
 from msa_memory.errors import ConfigError, InvalidDocumentError, LimitError, NotFoundError
 from msa_memory.living_bank import LivingBank
@@ -61,6 +61,7 @@ FRESH_STARTS = 8
 """How often a question starts over when what it reads is forgotten or replaced meanwhile."""
 EXPLAINED_PASSAGES = 20
 Scores = NDArray[np.float32]
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -136,7 +137,7 @@ class Asking:
         """The k best distinct documents, as whole passages."""
         routing = self._route(self._view())
         yield
-        scores = routing.mean()
+        scores = routing.relevance()
         hits = best_documents(routing.numbers, scores, self.bank.records, self.options.k or 5)
         by_number = dict(zip(routing.numbers.tolist(), scores.tolist(), strict=True))
         texts = self.store.passages([hit.passages[0].number for hit in hits])
@@ -215,7 +216,7 @@ class Asking:
         """Retrieve and prefill the evidence; no generation where nothing is relevant."""
         routing = self._route(view)
         yield
-        best = float(routing.mean().max(initial=-np.inf))
+        best = float(routing.relevance().max(initial=-np.inf))
         if len(view) == 0 or best < self._min_score():
             clock.lap("route_s")
             return _Recalled(tokens=routing.tokens), self._chat() if self.options.conversation else None
@@ -264,9 +265,12 @@ class Asking:
         return turns > 1 or self.options.constraint is not None
 
     def _undisturbed(
-        self, view: BankView, attempt: Callable[[BankView], Generator[None, None, T]]
-    ) -> Generator[None, None, T]:
-        """The attempt's result; it starts over where a passage was forgotten or replaced meanwhile."""
+        self, view: BankView, attempt: Callable[[BankView], Generator[S, None, T]]
+    ) -> Generator[S, None, T]:
+        """The attempt's result; it starts over where a passage was forgotten or replaced meanwhile.
+
+        States and texts are fetched before the first word of an answer, so nothing is shown twice.
+        """
         for _ in range(FRESH_STARTS):
             try:
                 return (yield from attempt(view))
@@ -278,6 +282,36 @@ class Asking:
         """Generative evidence: the model names the passages itself, round by round."""
         read: dict[int, PassageText] = {}
 
+        def ask(view: BankView) -> Generator[AnswerChunk | None, None, tuple[Interleave, str]]:
+            asking = self._interleave(view, read)
+            shown = yield from _shown(asking.run(self.options.sampling(self.config)), opening=ANSWER_PREFIX)
+            return asking, shown
+
+        asking, shown = yield from self._undisturbed(view, ask)
+        clock.lap("decode_s")
+        result, scores = asking.result, asking.mean_scores()
+        generation = result.generation
+        assert generation is not None
+
+        def excerpt(number: int) -> Excerpt:
+            record = read[number].record
+            return Excerpt(read[number], scores.get(number, 0.0), record.start, record.end)
+
+        recalled = _Recalled(
+            rounds=[
+                Round(number=place, documents=tuple(dict.fromkeys(read[n].record.document_id for n in named)))
+                for place, named in enumerate(result.rounds, 1)
+            ],
+            excerpts=[excerpt(number) for named in result.rounds for number in named],
+            dropped=[excerpt(number) for number in result.dropped],
+        )
+        usage = Usage(prompt_tokens=result.fed_tokens, completion_tokens=len(generation.ids))
+        text = generation.text.strip().removeprefix(ANSWER_PREFIX)
+        return self._answer(text, shown, recalled, usage, clock, generation.finish_reason or "stop")
+
+    def _interleave(self, view: BankView, read: dict[int, PassageText]) -> Interleave:
+        """A question whose evidence the model names; ``read`` collects the passages it reads."""
+
         def texts(numbers: Sequence[int]) -> dict[int, str]:
             found = self.store.passages(numbers)
             read.update(found)
@@ -286,29 +320,12 @@ class Asking:
         options = InterleaveOptions(
             max_rounds=self.options.max_rounds or self.config.max_rounds,
             k=self.options.k or self.config.k,
+            max_evidence_tokens=self.options.max_tokens or self.config.max_evidence_tokens,
             reprefill=self.config.interleave_reprefill,
             bidirectional=self.config.interleave_bidirectional,
         )
         top_k = self.options.top_k or self.config.top_k
-        asking = self.engine.interleave(view, self.options.question, texts, options, top_k=top_k)
-        shown = yield from _shown(asking.run(self.options.sampling(self.config)), opening=ANSWER_PREFIX)
-        clock.lap("decode_s")
-        generation = asking.result.generation
-        assert generation is not None
-        scores = asking.mean_scores()
-        excerpts = [
-            Excerpt(read[number], scores.get(number, 0.0), read[number].record.start, read[number].record.end)
-            for named in asking.result.rounds
-            for number in named
-        ]
-        rounds = [
-            Round(number=place, documents=tuple(dict.fromkeys(read[n].record.document_id for n in named)))
-            for place, named in enumerate(asking.result.rounds, 1)
-        ]
-        usage = Usage(prompt_tokens=asking.result.fed_tokens, completion_tokens=len(generation.ids))
-        text = generation.text.strip().removeprefix(ANSWER_PREFIX)
-        recalled, reason = _Recalled(rounds=rounds, excerpts=excerpts), generation.finish_reason or "stop"
-        return self._answer(text, shown, recalled, usage, clock, reason)
+        return self.engine.interleave(view, self.options.question, texts, options, top_k=top_k)
 
     # steps
 
@@ -375,7 +392,12 @@ class Asking:
         top_k, conversation = self.options.top_k or self.config.top_k, self.options.conversation
         before = conversation.said_before if conversation else ""
         return self.engine.route(
-            self.options.question, view, top_k=top_k, evidence=evidence, turns_before=before
+            self.options.question,
+            view,
+            top_k=top_k,
+            evidence=evidence,
+            turns_before=before,
+            lexical_weight=self.config.lexical_weight,
         )
 
     def _recall(
@@ -393,7 +415,7 @@ class Asking:
                 yield
             hits = best_documents(
                 routing.numbers,
-                routing.mean(),
+                routing.relevance(),
                 self.bank.records,
                 share,
                 [hit.document_id for hit in recalled.hits],
@@ -404,7 +426,7 @@ class Asking:
             recalled.tokens += routing.tokens
             recalled.hits += hits
             recalled.rounds.append(Round(number=number + 1, documents=tuple(hit.document_id for hit in hits)))
-            for passage, score in zip(routing.numbers.tolist(), routing.mean().tolist(), strict=True):
+            for passage, score in zip(routing.numbers.tolist(), routing.relevance().tolist(), strict=True):
                 recalled.scores.setdefault(passage, score)
         recalled.excerpts, recalled.dropped = self._fit(
             routing, recalled.hits, recalled.scores, budget, render
@@ -428,7 +450,7 @@ class Asking:
         margin = self.engine.calibration.get("confident_margin")
         if most == 1 or margin is None or asked is not None:
             return most
-        best = np.sort(routing.mean()[np.isfinite(routing.mean())])[::-1]
+        best = np.sort(routing.relevance()[np.isfinite(routing.relevance())])[::-1]
         confident = len(best) <= k or best[0] - best[k] >= margin
         return 1 if confident else most
 

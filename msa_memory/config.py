@@ -40,13 +40,22 @@ class MemoryConfig(BaseModel):
     """Generative evidence: the reference's quirk of showing the repeated question to itself in full."""
     max_evidence_tokens: int = Field(default=1024, ge=64)
     max_new_tokens: int = Field(default=64, ge=1)
+    max_recent_tokens: int = Field(default=1024, ge=1, le=16_384)
+    """Turns of a session that are read again as they were said, at most; older ones are recalled."""
     min_score: float | None = None
-    """Router score below which nothing counts as relevant; None takes the model's calibrated value."""
+    """Score below which nothing counts as relevant; None takes the model's calibrated value."""
+    lexical_weight: float | None = Field(default=None, ge=0)
+    """Weight of rare words shared by question and passage beside the routers' score of 1; 0 leaves the
+    routers alone, None takes the model's calibrated value."""
     router_normalize: bool | None = None
     """Force cosine routing on or off; None follows the checkpoint."""
     max_document_chars: int = Field(default=20_000_000, ge=1)
     max_question_tokens: int = Field(default=2048, ge=1)
     max_metadata_bytes: int = Field(default=65_536, ge=0)
+    max_metadata_depth: int = Field(default=32, ge=1, le=100)
+    """Levels of lists and mappings inside each other."""
+    max_batch: int = Field(default=1_000_000, ge=1)
+    """Documents of one ``add_many``, questions of one ``query_many`` or ``search_many``."""
     lock_timeout_s: float = Field(default=30.0, ge=0)
 
     def __init__(self, **options: Any) -> None:

@@ -48,13 +48,14 @@ class LivingBank:
     def _add(self, record: PassageRecord) -> None:
         """Hold one passage. What is damaged stays out, so that the rest of the memory can be used."""
         try:
-            keys = tensor_from_bytes(self.store.states(record), "router_keys")
+            states = self.store.states(record)
+            keys, terms = (tensor_from_bytes(states, name) for name in ("router_keys", "terms"))
         except NotFoundError:  # forgotten or replaced since: the next refresh removes it
             return
         except StateDamagedError as error:
             logger.warning("left out of this memory until it is repaired: %s", error)
             return
-        self.bank.add(record.number, keys)
+        self.bank.add(record.number, keys, terms)
         self.records[record.number] = record
 
     def view(self, namespace: str, where: Mapping[str, Any] | None) -> BankView:

@@ -21,10 +21,13 @@ __all__ = [
     "Document",
     "DocumentVersion",
     "Explanation",
+    "ExportReceipt",
     "ForgetReceipt",
+    "ImportReceipt",
     "LayerExplanation",
     "Message",
     "Page",
+    "ReencodeReceipt",
     "Round",
     "Source",
     "Stats",
@@ -82,7 +85,8 @@ class Source(_Frozen):
     end: int
     text: str
     score: float
-    """Mean cosine over the router layers, -1..1; higher is nearer."""
+    """Relevance, -1..1, higher is nearer: the mean cosine over the router layers, joined with the lexical
+    score by the model's weight."""
     metadata: dict[str, Any] = Field(default_factory=dict)
     timestamp: datetime
     cited: bool = False
@@ -204,6 +208,50 @@ class Message(_Frozen):
     """What makes appending it a second time do nothing."""
     document_id: str | None = None
     """The memory document that holds it; None for system messages."""
+
+
+class ExportReceipt(_Frozen):
+    """What one bundle file holds."""
+
+    path: str
+    namespace: str
+    size_bytes: int
+    sha256: str
+    """Of the whole file."""
+    documents: int
+    versions: int
+    """Earlier versions, beside the current ones."""
+    passages: int
+    messages: int
+    without_states: tuple[str, ...] = ()
+    """Documents whose states are damaged: their text is in the bundle, an import encodes it again."""
+
+
+class ImportReceipt(_Frozen):
+    """What an import did with the bundle's documents and messages."""
+
+    namespace: str
+    added: int
+    replaced: int
+    unchanged: int
+    """There already, saying the same."""
+    skipped: int
+    """Their id is taken by something else, which was kept."""
+    encoded: int
+    """Documents the model had to read again; 0 with the bundle's own model."""
+    messages: int
+    """Session messages stored."""
+
+
+class ReencodeReceipt(_Frozen):
+    """How a bank was moved to another model."""
+
+    model: str
+    fingerprint: str
+    documents: int
+    """Documents of the bank; 0 if it was this model's already."""
+    encoded: int
+    """Documents read by this call; the others were read before it was interrupted."""
 
 
 class Stats(_Frozen):

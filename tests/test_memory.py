@@ -502,13 +502,14 @@ def test_evidence_is_dated_oldest_first(memory: MemoryModel, monkeypatch: pytest
     prompts: list[str] = []
     read = Engine.read
 
-    def spy(engine: Engine, view: object, selections: object, evidence: str, *rest: object) -> object:
-        prompts.append(evidence)
-        return read(engine, view, selections, evidence, *rest)
+    def spy(engine: Engine, view: object, selections: object, ids: list[int], *rest: object) -> object:
+        prompts.append(engine.tokenizer.decode(ids))
+        return read(engine, view, selections, ids, *rest)
 
     monkeypatch.setattr(Engine, "read", spy)
     memory.query("Where does Bob live?")
-    assert prompts == ["[2025-02-01] Bob lives in Oslo.\n\n[Letter | 2026-02-01] Bob moved to Bergen.\n"]
+    [prompt] = prompts
+    assert "[2025-02-01] Bob lives in Oslo.\n\n[Letter | 2026-02-01] Bob moved to Bergen.\n" in prompt
 
 
 def test_sources_that_carry_the_answer_are_cited(filled: MemoryModel) -> None:

@@ -12,7 +12,7 @@ from msa_memory.errors import ConfigError, ConflictError, MSAError, NotFoundErro
 from msa_memory.testing import open_memory
 from msa_memory.types import Answer
 
-SYNC_ONLY = {"open", "namespace", "namespace_name", "stats"}
+SYNC_ONLY = {"open", "namespace", "namespace_name", "session", "stats"}
 FACTS = {
     "bob": "Bob lives in Oslo and repairs violins.",
     "ann": "Ann paints lighthouses in Bergen.",

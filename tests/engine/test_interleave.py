@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from msa_memory.answering import AnswerOptions
 from msa_memory.engine.engine import Engine, load_engine
 from msa_memory.engine.id_grammar import END_MARKER, IdGrammar, RetrievalTokens, RetrievalTurn
 from msa_memory.engine.interleave import Interleave, InterleaveOptions
@@ -133,6 +134,38 @@ class TestRounds:
         assert asking.result.rounds == [(17,)]
 
 
+class TestRoom:
+    def test_texts_beyond_the_limit_are_dropped_last_named_first(self, engine: Engine) -> None:
+        sizes = {n: len(engine.prompt.injection([(n, text)])) for n, text in TEXTS.items()}
+        asking = interleave(engine, [3, 12, 120])
+        asking.ask()
+        asking.inject([120, 12, 3], room=sizes[120] + sizes[12])
+        assert asking.result.rounds == [(12, 120)]
+        assert asking.result.dropped == [3]
+        assert asking.result.evidence_tokens <= sizes[120] + sizes[12]
+
+    def test_the_limit_holds_over_all_rounds(self, engine: Engine) -> None:
+        asking = interleave(engine, [3, 12, 17, 120], k=1, max_rounds=4, max_evidence_tokens=20)
+        for _ in asking.run(SamplingOptions(max_new_tokens=2)):
+            pass
+        assert asking.result.evidence_tokens <= 20
+
+    def test_no_text_pushes_the_answer_out_of_the_window(self, engine: Engine) -> None:
+        window = engine.max_positions
+        long = "word " * window
+        states = engine.encode(1, "", "word word")
+        bank = engine.new_bank(lambda _: states)
+        for number in (1, 2):
+            bank.add(number, states.router_keys)
+        texts = {1: long, 2: "short"}
+        options = InterleaveOptions(max_rounds=3, k=2)
+        asking = engine.interleave(bank.view(), QUESTION, lambda ns: {n: texts[n] for n in ns}, options)
+        for _ in asking.run(SamplingOptions(max_new_tokens=4)):
+            pass
+        assert 1 not in {number for numbers in asking.result.rounds for number in numbers}
+        assert asking.row.position <= window
+
+
 @pytest.fixture
 def memory() -> Iterator[object]:
     with open_memory() as opened:
@@ -155,3 +188,15 @@ def test_numbers_are_never_reused_after_a_forget(memory) -> None:  # type: ignor
     memory.forget(first.id)
     memory.add("Ada repairs clocks.")
     assert memory.search("clocks", k=1)[0].passage > taken
+
+
+def test_a_passage_forgotten_while_it_is_read_lets_the_question_start_over(memory) -> None:  # type: ignore[no-untyped-def]
+    for number in range(4):
+        memory.add(f"Bob repairs violins in town {number}.", id=str(number))
+    options = AnswerOptions(QUESTION, evidence="generative", max_new_tokens=3, k=2, max_rounds=3)
+    steps = memory._asking(options).answer()
+    next(steps)  # the question has chosen its memory
+    memory.forget(["0", "1", "2"])
+    *_, last = steps
+    assert last.answer is not None
+    assert {source.id for source in last.answer.sources} <= {"3"}

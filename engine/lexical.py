@@ -1,0 +1,163 @@
+"""The lexical signal: which rare words of a question stand in a passage, one more score beside the routers.
+
+Terms are hashed words kept with a passage's states, so they are stored, moved and erased as one with them.
+Scores are BM25 over the passages that are visible to the question and nothing else: no other namespace's
+words show in them. Source: Robertson and Zaragoza, The Probabilistic Relevance Framework: BM25 and Beyond.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from zlib import crc32
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["LexicalIndex", "bm25", "passage_terms", "question_terms"]
+
+SATURATION, LENGTH_SHARE = 1.2, 0.75
+"""BM25's k1 and b."""
+Numbers = NDArray[np.int64]
+_NONE = np.empty(0, dtype=np.int64)
+_WORD = re.compile(r"\w+")
+_UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0eff\uf900-\ufaff]+")
+"""Scripts written without spaces: Japanese, Chinese, Thai, Lao. Their words are pairs of characters."""
+_ENDINGS = ("ing", "ed", "es", "s", "ly")
+
+
+def passage_terms(text: str) -> Tensor:
+    """Hashes of a passage's words and how often each occurs: int64 ``[terms, 2]``, ascending by hash."""
+    counts = Counter(map(_hash, _words(text)))
+    return torch.tensor(sorted(counts.items()), dtype=torch.int64).view(-1, 2)
+
+
+def question_terms(text: str) -> frozenset[int]:
+    """Hashes of the words of a question."""
+    return frozenset(map(_hash, _words(text)))
+
+
+def _words(text: str) -> Iterable[str]:
+    for word in _WORD.findall(text.casefold()):
+        if _UNSPACED.match(word):
+            yield from (word[at : at + 2] for at in range(max(1, len(word) - 1)))
+        else:
+            yield _stem(word)
+
+
+def _stem(word: str) -> str:
+    """Without a common English ending, where at least three letters are left."""
+    for ending in _ENDINGS:
+        if word.endswith(ending) and len(word) - len(ending) >= 3:
+            return word[: -len(ending)]
+    return word
+
+
+def _hash(word: str) -> int:
+    return crc32(word.encode("utf-8", "surrogatepass"))
+
+
+class LexicalIndex:
+    """Postings of all passages of a bank, by term. Not thread-safe: the bank's owner adds and removes."""
+
+    def __init__(self) -> None:
+        self._postings: dict[int, _Postings] = {}
+        self._terms: dict[int, Numbers] = {}
+        self._lengths: dict[int, int] = {}
+
+    def add(self, number: int, terms: Tensor) -> None:
+        """Hold the terms ``[terms, 2]`` of a passage."""
+        table = terms.numpy()
+        self._terms[number] = table[:, 0].copy()
+        self._lengths[number] = int(table[:, 1].sum())
+        for term, count in table.tolist():
+            self._postings.setdefault(term, _Postings()).append(number, count)
+
+    def remove(self, numbers: Iterable[int]) -> None:
+        """Hold nothing of these passages any more; unknown numbers are ignored."""
+        gone = [number for number in numbers if number in self._terms]
+        touched = {term for number in gone for term in self._terms.pop(number).tolist()}
+        for number in gone:
+            del self._lengths[number]
+        lost = np.array(sorted(gone), dtype=np.int64)
+        for term in touched:
+            if not self._postings[term].drop(lost):
+                del self._postings[term]
+
+    def lengths(self, numbers: Numbers) -> NDArray[np.float32]:
+        """Words per passage ``[P]``; 0 where a passage is not held."""
+        return np.array([self._lengths.get(number, 0) for number in numbers.tolist()], dtype=np.float32)
+
+    def postings(self, terms: Iterable[int]) -> Mapping[int, tuple[Numbers, Numbers]]:
+        """Passage numbers and counts of each term that occurs anywhere."""
+        return {term: self._postings[term].arrays() for term in terms if term in self._postings}
+
+
+class _Postings:
+    """Passages that hold one term and how often, in the order they came."""
+
+    __slots__ = ("_counts", "_fresh", "_numbers")
+
+    def __init__(self) -> None:
+        self._numbers, self._counts = _NONE, _NONE
+        self._fresh: list[tuple[int, int]] = []
+
+    def append(self, number: int, count: int) -> None:
+        self._fresh.append((number, count))
+
+    def arrays(self) -> tuple[Numbers, Numbers]:
+        if self._fresh:
+            fresh = np.array(self._fresh, dtype=np.int64)
+            self._numbers = np.concatenate((self._numbers, fresh[:, 0]))
+            self._counts = np.concatenate((self._counts, fresh[:, 1]))
+            self._fresh = []
+        return self._numbers, self._counts
+
+    def drop(self, lost: Numbers) -> bool:
+        """Forget these passages; False when none is left."""
+        numbers, counts = self.arrays()
+        kept = ~np.isin(numbers, lost)
+        self._numbers, self._counts = numbers[kept], counts[kept]
+        return bool(kept.any())
+
+
+def bm25(
+    postings: Mapping[int, tuple[Numbers, Numbers]],
+    terms: frozenset[int],
+    numbers: Numbers,
+    lengths: NDArray[np.float32],
+    visible: NDArray[np.bool_],
+) -> NDArray[np.float32]:
+    """BM25 of every passage of ``numbers`` ``[P]`` as a share of the question's best possible score, 0..1.
+
+    Masked passages count for nothing: they score 0 and no frequency or mean length includes them. Words
+    that no visible passage holds lower everybody's share.
+    """
+    scores = np.zeros(len(numbers), dtype=np.float32)
+    count = int(visible.sum())
+    if not count or not terms:
+        return scores
+    norm = SATURATION * (1 - LENGTH_SHARE + LENGTH_SHARE * lengths / max(1.0, lengths[visible].mean()))
+    order = np.argsort(numbers, kind="stable")
+    best = 0.0
+    for term in sorted(terms):
+        rows, counts = _rows_of(postings.get(term), numbers, order, visible)
+        idf = np.log(1 + (count - len(rows) + 0.5) / (len(rows) + 0.5))
+        best += idf * (SATURATION + 1)
+        scores[rows] += idf * counts * (SATURATION + 1) / (counts + norm[rows])
+    return scores / np.float32(best)
+
+
+def _rows_of(
+    found: tuple[Numbers, Numbers] | None, numbers: Numbers, order: Numbers, visible: NDArray[np.bool_]
+) -> tuple[Numbers, NDArray[np.float32]]:
+    """Where a term's visible passages stand among ``numbers``, and its counts there."""
+    if found is None:
+        return _NONE, np.empty(0, dtype=np.float32)
+    places = np.searchsorted(numbers, found[0], sorter=order)
+    rows = order[np.minimum(places, len(numbers) - 1)]
+    there = (numbers[rows] == found[0]) & visible[rows]
+    return rows[there], found[1][there].astype(np.float32)
