@@ -76,7 +76,7 @@ def report(name: str, options: argparse.Namespace, figures: dict[str, Any]) -> N
     script = Path(sys.argv[0])
     result = {
         "benchmark": name,
-        "command": " ".join(["python", f"benchmarks/{script.name}", *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{script.name}", *map(_portable, sys.argv[1:])]),
         "machine": machine(options.device),
         **figures,
     }
@@ -86,6 +86,11 @@ def report(name: str, options: argparse.Namespace, figures: dict[str, Any]) -> N
         RESULTS.mkdir(exist_ok=True)
         where = "gpu" if options.device.startswith("cuda") else "cpu"
         (RESULTS / f"{name}_{where}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _portable(argument: str) -> str:
+    """An argument without the folders of this machine."""
+    return Path(argument).name if os.sep in argument else argument
 
 
 def texts(count: int, words: int) -> Sequence[str]:

@@ -7,6 +7,7 @@ words show in them. Source: Robertson and Zaragoza, The Probabilistic Relevance 
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -17,10 +18,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["LexicalIndex", "bm25", "passage_terms", "question_terms"]
+__all__ = ["COMMON_WORDS", "LexicalIndex", "bm25", "passage_terms", "question_terms"]
 
 SATURATION, LENGTH_SHARE = 1.2, 0.75
 """BM25's k1 and b."""
+BACKGROUND = 50
+"""Passages of ordinary text that are counted in: three passages alone cannot say which words are rare."""
+COMMON_WORDS = frozenset(
+    "a an and are as at be by did do does for from had has have he her his how i in is it its of on or she "
+    "that the their them they this to was were what when where which who why will with you your".split()
+)
+"""Words that stand in half of that background; all others in none of it."""
 Numbers = NDArray[np.int64]
 _NONE = np.empty(0, dtype=np.int64)
 _WORD = re.compile(r"\w+")
@@ -52,12 +60,16 @@ def _stem(word: str) -> str:
     """Without a common English ending, where at least three letters are left."""
     for ending in _ENDINGS:
         if word.endswith(ending) and len(word) - len(ending) >= 3:
-            return word[: -len(ending)]
-    return word
+            word = word[: -len(ending)]
+            break
+    return word.removesuffix("e") if len(word) > 3 else word
 
 
 def _hash(word: str) -> int:
     return crc32(word.encode("utf-8", "surrogatepass"))
+
+
+_COMMON = frozenset(_hash(_stem(word)) for word in COMMON_WORDS)
 
 
 class LexicalIndex:
@@ -145,10 +157,16 @@ def bm25(
     best = 0.0
     for term in sorted(terms):
         rows, counts = _rows_of(postings.get(term), numbers, order, visible)
-        idf = np.log(1 + (count - len(rows) + 0.5) / (len(rows) + 0.5))
+        idf = _rarity(len(rows), count, common=term in _COMMON)
         best += idf * (SATURATION + 1)
         scores[rows] += idf * counts * (SATURATION + 1) / (counts + norm[rows])
     return scores / np.float32(best)
+
+
+def _rarity(holding: int, count: int, *, common: bool) -> float:
+    """Inverse document frequency of a term that ``holding`` of ``count`` visible passages have."""
+    holding += BACKGROUND // 2 if common else 0
+    return math.log(1 + (count + BACKGROUND - holding + 0.5) / (holding + 0.5))
 
 
 def _rows_of(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from msa_memory.engine.lexical import COMMON_WORDS
 from msa_memory.persistence import PassageRecord, PassageText
 from msa_memory.types import Source
 
@@ -30,58 +31,6 @@ MIN_EXCERPT_TOKENS = 32
 LONGEST_WORD = 32
 """Characters: a cut moves at most this far to a word's end, since not all scripts have spaces."""
 _WORD = re.compile(r"\w+")
-_COMMON = frozenset(
-    [
-        "a",
-        "an",
-        "and",
-        "are",
-        "as",
-        "at",
-        "be",
-        "by",
-        "did",
-        "do",
-        "does",
-        "for",
-        "from",
-        "had",
-        "has",
-        "have",
-        "he",
-        "her",
-        "his",
-        "how",
-        "i",
-        "in",
-        "is",
-        "it",
-        "its",
-        "of",
-        "on",
-        "or",
-        "she",
-        "that",
-        "the",
-        "their",
-        "them",
-        "they",
-        "this",
-        "to",
-        "was",
-        "were",
-        "what",
-        "when",
-        "where",
-        "which",
-        "who",
-        "why",
-        "will",
-        "with",
-        "you",
-        "your",
-    ]
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +190,7 @@ def replace_cited(source: Source, cited: bool) -> Source:
 
 
 def _content_words(text: str) -> set[str]:
-    return {word for word in _WORD.findall(text.lower()) if word not in _COMMON}
+    return {word for word in _WORD.findall(text.lower()) if word not in COMMON_WORDS}
 
 
 def _whole(passage: PassageText, scores: dict[int, float]) -> Excerpt:
