@@ -391,7 +391,7 @@ def _fingerprint(
     settings = {**asdict(msa), "layout": layout.as_dict(), "tokenizer": tokenizer.digest()}
     for unrelated in ("loss_weights", "aux_loss_method", "infonce_temperature", "evidence", "top_k"):
         settings.pop(unrelated)
-    for reading in ("evidence_before", "evidence_after"):
+    for reading in ("evidence_before", "evidence_after", "refusal"):
         settings["layout"].pop(reading)
     parts = [fingerprint_files(weights), json.dumps(settings, sort_keys=True)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -45,6 +45,9 @@ class Layout:
         "If they disagree, the newest is right.\nQuestion: "
     )
 
+    refusal: str = "I don't know."
+    """What a model says that was trained to tell when the evidence lacks the answer."""
+
     def as_dict(self) -> dict[str, str]:
         return asdict(self)
 

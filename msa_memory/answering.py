@@ -94,7 +94,7 @@ class AnswerOptions:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
         if not isinstance(self.evidence, str) or self.evidence not in ("auto", "router", "generative"):
-            raise ConfigError(f"evidence is {self.evidence!r}; expected 'auto', 'router' or 'generative'")
+            raise ConfigError(f"evidence is {self.evidence!r:.60}; expected 'auto', 'router' or 'generative'")
 
     def sampling(self, config: MemoryConfig) -> SamplingOptions:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -512,7 +512,7 @@ class Asking:
         sources = tuple(to_source(excerpt) for excerpt in recalled.excerpts)
         return Answer(
             text=shown,
-            found=bool(generated.strip()),
+            found=self._says_something(generated),
             finish_reason=finish_reason,
             sources=cite(generated, self.options.question, sources),
             usage=usage,
@@ -520,6 +520,11 @@ class Asking:
             timings=clock.timings(),
             dropped=tuple(to_source(excerpt) for excerpt in recalled.dropped),
         )
+
+    def _says_something(self, generated: str) -> bool:
+        """Whether an answer is neither empty nor the model's way to say that the evidence lacks it."""
+        said = generated.strip().rstrip(".").casefold()
+        return bool(said) and said != self.engine.prompt.layout.refusal.strip().rstrip(".").casefold()
 
 
 def _shown(

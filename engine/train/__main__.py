@@ -1,25 +1,44 @@
-"""`python -m msa_memory.engine.train`: train routers for a checkpoint on question/passage files."""
+"""`python -m msa_memory.engine.train`: train routers and adapters on question/passage files."""
 
 from __future__ import annotations
 
 import json
+import random
 import zlib
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from rich.progress import Progress, TextColumn
 
+from msa_memory.engine.adapter import TARGETS
 from msa_memory.engine.checkpoint import open_checkpoint
 from msa_memory.engine.config import MSAConfig, read_backbone
 from msa_memory.engine.decoder import Decoder
 from msa_memory.engine.encoding import encode_head
+from msa_memory.engine.engine import Engine, load_engine
+from msa_memory.engine.fingerprint import fingerprint_files
 from msa_memory.engine.layout import Layout, PromptLayout, document_header
 from msa_memory.engine.models import DEFAULT_MODEL, resolve
 from msa_memory.engine.tokenizer import Tokenizer
+from msa_memory.engine.train.adapter import AdapterTraining, train_adapter
+from msa_memory.engine.train.branches import BranchedRow
+from msa_memory.engine.train.chat import own_answers, plain_prompts
 from msa_memory.engine.train.data import Passage, Question, read_passages, read_questions
 from msa_memory.engine.train.hidden import HiddenStates, cache_documents, cache_questions
+from msa_memory.engine.train.mixture import (
+    HELD_OUT_INJECTIONS,
+    Chat,
+    Exercises,
+    Mixture,
+    MixtureOptions,
+    held_out,
+    read_unanswerable,
+)
 from msa_memory.engine.train.router import (
     RouterHeads,
     RouterTraining,
@@ -105,6 +124,104 @@ def router(
     (out / "training.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
+@app.command()
+def adapter(
+    passages: Files,
+    questions: Files,
+    out: Annotated[Path, typer.Option(help="folder of the run; one that was interrupted goes on")],
+    model: Annotated[str, typer.Option(help="registered name or folder of a memory model")] = DEFAULT_MODEL,
+    unanswerable: Files = [],  # noqa: B006 - typer reads it, nothing changes it
+    steps: int = AdapterTraining().steps,
+    rows_per_step: int = AdapterTraining().rows_per_step,
+    micro_batch_tokens: int = AdapterTraining().micro_batch_tokens,
+    rank: int = AdapterTraining().rank,
+    alpha: float = AdapterTraining().alpha,
+    first_layer: int = AdapterTraining().first_layer,
+    targets: Annotated[str, typer.Option(help="linear layers, comma-separated")] = ",".join(TARGETS),
+    learning_rate: float = AdapterTraining().learning_rate,
+    chats: Annotated[int, typer.Option(help="plain conversations to keep; 0 for none")] = 240,
+    evaluate_every: int = 60,
+    save_every_s: float = 300.0,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Tune the upper layers with low rank to read evidence, to use memory and to say what is not known.
+
+    Files as for `router`; unanswerable ones have question, distractor_passage_id and optionally split.
+    One article in sixteen is kept out of training for the losses reported on the way.
+    """
+    recipe = AdapterTraining(
+        steps=steps,
+        rows_per_step=rows_per_step,
+        micro_batch_tokens=micro_batch_tokens,
+        rank=rank,
+        alpha=alpha,
+        first_layer=first_layer,
+        targets=tuple(targets.split(",")),
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    engine = load_engine(resolve(model), name=model, device=device, adapter=False)
+    options = MixtureOptions(seed=seed)
+    files = [*passages, *questions, *unanswerable]
+    train, kept = _exercises(engine, passages, questions, unanswerable)
+    plain = _plain_chats(engine, train, chats, seed, out / "chat.jsonl")
+    end = engine.tokenizer.encode_prompt(engine.prompt.layout.tail)[0]
+    kept_chats = len(plain) // 6
+    stream = Mixture(train, plain[kept_chats:], end, options)
+    examined = _examination(kept, plain[:kept_chats], end, options)
+    with _progress("Tuning", steps) as show:
+        train_adapter(
+            engine.decoder,
+            stream.row,
+            recipe,
+            out,
+            data=f"{fingerprint_files(files)} {asdict(options)} {len(plain)} {engine.fingerprint}",
+            held_out=examined,
+            evaluate_every=evaluate_every,
+            save_every_s=save_every_s,
+            report=show,
+        )
+    typer.echo(f"{out / 'adapter.safetensors'}")
+
+
+def _exercises(
+    engine: Engine, passages: list[Path], questions: list[Path], unanswerable: list[Path]
+) -> tuple[Exercises, Exercises]:
+    """What to train on and what is kept for evaluation, apart by article."""
+    texts, asked = read_passages(passages), read_questions(questions)
+    tricks = read_unanswerable(unanswerable)
+
+    def side(kept: bool) -> Exercises:
+        return Exercises([p for p in texts if held_out(p) == kept], asked, tricks, engine.prompt)
+
+    return side(False), side(True)
+
+
+def _plain_chats(engine: Engine, exercises: Exercises, count: int, seed: int, cache: Path) -> list[Chat]:
+    titles = [passage.title for passage in exercises.passages if passage.title]
+    asked = [question.text for question in exercises.asked]
+    return own_answers(engine, plain_prompts(titles, asked, count, seed), cache) if count else []
+
+
+def _examination(
+    exercises: Exercises, chats: list[Chat], end: int, options: MixtureOptions
+) -> dict[str, list[BranchedRow]]:
+    """The same rows at every evaluation, with instructions that training does not contain."""
+    plain = Mixture(exercises, chats, end, replace(options, injected_rows=0.0, seed=1))
+    injected = Mixture(
+        exercises, (), end, replace(options, injected_rows=1.0, absent_rows=0.0, seed=2), HELD_OUT_INJECTIONS
+    )
+    rows = {
+        kind: [plain.make(kind, at, random.Random(f"{kind}:{at}")) for at in range(count)]
+        for kind, count in (("text", 20), ("both", 8), ("memory", 12), ("conflict", 12))
+    }
+    rows["chat"] = [plain.make("chat", at, random.Random(f"chat:{at}")) for at in range(8 if chats else 0)]
+    rows["injected"] = [injected.make("text", at, random.Random(f"injected:{at}")) for at in range(8)]
+    return rows
+
+
 class _Loaded:
     def __init__(self, documents: HiddenStates, questions: HiddenStates, gold: list[list[int]]) -> None:
         self.documents, self.questions, self.gold = documents, questions, gold
@@ -154,6 +271,24 @@ class _Trainer:
 
     def _question(self, question: Question) -> list[int]:
         return self.prompt.question(question.text)[0][:MAX_QUESTION_TOKENS]
+
+
+@contextmanager
+def _progress(label: str, steps: int) -> Iterator[Callable[[int, dict[str, Any]], None]]:
+    """A bar with the running losses; without a terminal, one line per 10 steps and evaluation."""
+    with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[note]}")) as bar:
+        task = bar.add_task(label, total=steps, note="")
+
+        def show(step: int, figures: dict[str, Any]) -> None:
+            note = f"loss {figures['loss']:.2f}, {figures['tokens'] / figures['seconds']:.0f} tokens/s"
+            bar.update(task, completed=step, note=note)
+            if "held_out" in figures or (step % 10 == 0 and not bar.console.is_terminal):
+                losses = figures.get("held_out", figures["losses"])
+                shown = ", ".join(f"{kind} {loss:.3f}" for kind, loss in losses.items())
+                which = "held out" if "held_out" in figures else note
+                bar.console.print(f"step {step}: {which}: {shown}", soft_wrap=True)
+
+        yield show
 
 
 def _router_json(msa: MSAConfig) -> dict[str, object]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from msa_memory.errors import ConfigError
 
-__all__ = ["Passage", "Question", "read_passages", "read_questions"]
+__all__ = ["Passage", "Question", "read_passages", "read_questions", "read_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ def read_passages(paths: list[Path]) -> list[Passage]:
     return [
         Passage(str(_need(row, "passage_id", where)), str(_need(row, "text", where)), row.get("title"))
         for path in paths
-        for where, row in _rows(path)
+        for where, row in read_rows(path)
     ]
 
 
@@ -47,7 +47,7 @@ def read_questions(paths: list[Path]) -> list[Question]:
     """All questions of the files, in order. Raises ConfigError naming the file and line that is off."""
     questions = []
     for path in paths:
-        for where, row in _rows(path):
+        for where, row in read_rows(path):
             gold = row.get("passage_ids") or [_need(row, "passage_id", where)]
             questions.append(
                 Question(
@@ -61,7 +61,8 @@ def read_questions(paths: list[Path]) -> list[Question]:
     return questions
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each row of a JSON lines file stands (``file:line``) and the row. Raises ConfigError."""
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open() as lines:
             for number, line in enumerate(lines, 1):

@@ -1,0 +1,303 @@
+"""Low-rank training of a memory model's upper layers on reading exercises.
+
+The loop is deterministic and resumes at the exact step: rows are a function of their number, nothing is
+drawn at run time, and a checkpoint holds adapter, optimizer and step. On one CPU thread, in one dtype, a
+run that was killed and resumed ends with the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from msa_memory.engine.adapter import TARGETS, Adapter, LowRankLinear, adapter_of, attach
+from msa_memory.engine.decoder import Decoder
+from msa_memory.engine.train.branches import BranchedRow, answer_losses, forward_branches
+from msa_memory.errors import CheckpointError, ConfigError
+
+__all__ = ["AdapterTraining", "evaluate", "save_adapter", "train_adapter"]
+
+Rows = Callable[[int], BranchedRow]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterTraining:
+    """Recipe of one run. ``last_layer`` None means the decoder's last; sizes are rows and tokens.
+
+    A run that is resumed has to have the same recipe and data, but for where and how often it reports.
+    """
+
+    steps: int = 400
+    rows_per_step: int = 12
+    micro_batch_tokens: int = 1500
+    rank: int = 32
+    alpha: float = 64.0
+    first_layer: int = 8
+    last_layer: int | None = None
+    targets: tuple[str, ...] = TARGETS
+    learning_rate: float = 4e-4
+    warmup: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "rows_per_step", "micro_batch_tokens", "rank"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if unknown := set(self.targets) - set(TARGETS):
+            raise ConfigError(f"targets name {sorted(unknown)}; expected some of {', '.join(TARGETS)}")
+        if not 0.0 <= self.warmup < 1.0:
+            raise ConfigError(f"warmup is {self.warmup}; it must be a share of the steps from 0 to below 1")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step 1, 2, ...: linear warm-up, then a cosine to zero."""
+        rising = max(1, round(self.warmup * self.steps))
+        if step <= rising:
+            return self.learning_rate * step / rising
+        part = (step - rising) / max(1, self.steps - rising)
+        return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * part))
+
+
+def train_adapter(
+    decoder: Decoder,
+    rows: Rows,
+    recipe: AdapterTraining,
+    out: Path,
+    *,
+    data: str = "",
+    held_out: dict[str, list[BranchedRow]] | None = None,
+    evaluate_every: int = 100,
+    save_every_s: float = 300.0,
+    report: Callable[[int, dict[str, Any]], None] = lambda step, figures: None,
+) -> Adapter:
+    """Train, or go on with the run in ``out``; the decoder keeps the training modules.
+
+    Writes ``metrics.jsonl``, ``state.safetensors`` (to resume from) and, at every checkpoint and at the
+    end, ``adapter.safetensors``.
+
+    Args:
+        rows: row number to row; step s uses the rows from ``(s - 1) * rows_per_step`` on.
+        data: what stands for the data files in the check that a resumed run is the same run.
+        held_out: rows per kind for the losses reported every ``evaluate_every`` steps.
+        report: called with the step and its figures.
+
+    Raises:
+        ConfigError: ``out`` holds a run with another recipe or other data.
+        CheckpointError: its state is damaged.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    last = decoder.config.num_layers - 1 if recipe.last_layer is None else recipe.last_layer
+    modules = attach(
+        decoder,
+        layers=range(recipe.first_layer, last + 1),
+        targets=recipe.targets,
+        rank=recipe.rank,
+        alpha=recipe.alpha,
+        seed=recipe.seed,
+    )
+    run = _Run(modules, recipe, out, hashlib.sha256(f"{asdict(recipe)}\n{data}".encode()).hexdigest())
+    done = run.resume()
+    saved_at = time.monotonic()
+    with _Metrics(out / "metrics.jsonl", done) as metrics:
+        for step in range(done + 1, recipe.steps + 1):
+            started = time.monotonic()
+            first = (step - 1) * recipe.rows_per_step
+            batch = [rows(number) for number in range(first, first + recipe.rows_per_step)]
+            figures = run.step(decoder, batch, step)
+            figures["seconds"] = time.monotonic() - started
+            if held_out and (step % evaluate_every == 0 or step == recipe.steps):
+                figures["held_out"] = evaluate(decoder, held_out, recipe.micro_batch_tokens)
+            metrics.write(step, figures)
+            report(step, figures)
+            if step == recipe.steps or time.monotonic() - saved_at >= save_every_s:
+                run.save(step)
+                saved_at = time.monotonic()
+    return run.adapter()
+
+
+class _Run:
+    """Parameters, optimizer and their checkpoint."""
+
+    def __init__(
+        self, modules: dict[str, LowRankLinear], recipe: AdapterTraining, out: Path, identity: str
+    ) -> None:
+        self.modules, self.recipe, self.out, self.identity = modules, recipe, out, identity
+        self.parameters = {
+            f"{name}.{side}": getattr(module, side)
+            for name, module in modules.items()
+            for side in ("lora_a", "lora_b")
+        }
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=recipe.learning_rate, betas=recipe.betas, weight_decay=0.0
+        )
+
+    def step(self, decoder: Decoder, batch: Sequence[BranchedRow], step: int) -> dict[str, Any]:
+        """One update; returns the losses by kind and what was done."""
+        total = sum(_weight(b.answer_tokens) * b.answer_tokens for row in batch for b in row.branches)
+        by_kind: defaultdict[str, list[float]] = defaultdict(list)
+        for part in _micro_batches(batch, self.recipe.micro_batch_tokens):
+            losses = answer_losses(decoder, forward_branches(decoder, part), part)
+            weighted = torch.stack([loss.sum() * _weight(len(loss)) for loss in losses]).sum() / total
+            weighted.backward()
+            _collect(by_kind, part, losses)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.rate(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for module in self.modules.values():
+            module.refresh()
+        return {
+            "loss": _mean([loss for losses in by_kind.values() for loss in losses]),
+            "losses": {kind: _mean(losses) for kind, losses in sorted(by_kind.items())},
+            "questions": sum(len(row.branches) for row in batch),
+            "tokens": sum(map(len, batch)),
+            "gradient_norm": float(norm),
+            "learning_rate": self.recipe.rate(step),
+        }
+
+    def adapter(self) -> Adapter:
+        return adapter_of(self.modules, self.recipe.rank, self.recipe.alpha)
+
+    @property
+    def state_file(self) -> Path:
+        return self.out / "state.safetensors"
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint; each of its two files appears whole or not at all."""
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            state = self.optimizer.state[parameter]
+            tensors[name] = parameter.detach()
+            tensors[f"{name}.exp_avg"] = state["exp_avg"]
+            tensors[f"{name}.exp_avg_sq"] = state["exp_avg_sq"]
+        _write(self.state_file, tensors, {"step": str(step), "run": self.identity})
+        save_adapter(self.adapter(), self.out / "adapter.safetensors", {"step": str(step)})
+
+    def resume(self) -> int:
+        """Load the checkpoint if there is one; returns the steps done."""
+        if not self.state_file.exists():
+            return 0
+        try:
+            with safe_open(self.state_file, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("run") != self.identity:
+                    raise ConfigError(
+                        f"{self.out} holds a run with another recipe or other data; name another folder, or "
+                        "remove it to start anew"
+                    )
+                step = int(metadata["step"])
+                for name, parameter in self.parameters.items():
+                    self._load(file, name, parameter, step)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.state_file} is damaged: {error}; remove it to start anew"
+            ) from error
+        for module in self.modules.values():
+            module.refresh()
+        return step
+
+    def _load(self, file: Any, name: str, parameter: Tensor, step: int) -> None:
+        with torch.no_grad():
+            parameter.copy_(file.get_tensor(name))
+        self.optimizer.state[parameter] = {
+            "step": torch.tensor(float(step)),
+            "exp_avg": file.get_tensor(f"{name}.exp_avg").to(parameter.device),
+            "exp_avg_sq": file.get_tensor(f"{name}.exp_avg_sq").to(parameter.device),
+        }
+
+
+class _Metrics:
+    """One JSON line per step; lines of steps that a resumed run takes again are dropped."""
+
+    def __init__(self, path: Path, done: int) -> None:
+        kept = []
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
+        scratch = path.with_suffix(".partial")
+        scratch.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        scratch.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, figures: dict[str, Any]) -> None:
+        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> _Metrics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+@torch.no_grad()
+def evaluate(
+    decoder: Decoder, held_out: dict[str, list[BranchedRow]], micro_batch_tokens: int
+) -> dict[str, float]:
+    """Mean loss per branch of every kind that occurs in these rows."""
+    by_kind: defaultdict[str, list[float]] = defaultdict(list)
+    for rows in held_out.values():
+        for part in _micro_batches(rows, micro_batch_tokens):
+            _collect(by_kind, part, answer_losses(decoder, forward_branches(decoder, part), part))
+    return {kind: _mean(losses) for kind, losses in sorted(by_kind.items())}
+
+
+def save_adapter(adapter: Adapter, path: Path, about: dict[str, str] | None = None) -> None:
+    """Write an adapter file in bfloat16, whole or not at all; ``about`` joins its metadata."""
+    tensors = {name: tensor.bfloat16() for name, tensor in adapter.tensors().items()}
+    _write(path, tensors, {**adapter.metadata(), **(about or {})})
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    scratch = path.with_suffix(".partial")
+    save_file(
+        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, scratch, metadata=metadata
+    )
+    scratch.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read
+    with scratch.open("rb") as file:
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def _micro_batches(rows: Sequence[BranchedRow], tokens: int) -> Iterator[list[BranchedRow]]:
+    """Consecutive rows of at most ``tokens`` tokens together; a longer row comes alone."""
+    part: list[BranchedRow] = []
+    size = 0
+    for row in rows:
+        if part and size + len(row) > tokens:
+            yield part
+            part, size = [], 0
+        part.append(row)
+        size += len(row)
+    if part:
+        yield part
+
+
+def _weight(answer_tokens: int) -> float:
+    """What a token of an answer counts: between one vote per token and one per answer."""
+    return 1.0 / math.sqrt(answer_tokens)
+
+
+def _collect(by_kind: dict[str, list[float]], rows: Sequence[BranchedRow], losses: Sequence[Tensor]) -> None:
+    kinds = [branch.kind for row in rows for branch in row.branches]
+    for kind, loss in zip(kinds, losses, strict=True):
+        by_kind[kind].append(float(loss.detach().mean()))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
