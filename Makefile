@@ -82,7 +82,7 @@ bench: setup ## run every benchmark on the CPU (BENCH_FLAGS are passed on)
 		echo "bench: $$script"; $(BIN)/python "$$script" $(BENCH_FLAGS); done
 
 soak: setup ## run the tests that take long on purpose
-	@$(BIN)/pytest -m soak --timeout 0
+	@$(if $(MSA_TEST_POSTGRES_URL),,.ci/with-postgres) $(BIN)/pytest -m soak --timeout 0
 
 # The GPU targets never touch .venv, which holds a CPU build: they use the machine's own PyTorch.
 gpu-check: cuda ## run the tests that need a CUDA device; fails where there is none

@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 __all__ = ["arguments", "compare", "machine", "report"]
 
 RESULTS = Path(__file__).parent / "results"
@@ -39,11 +37,11 @@ def machine(device: str) -> dict[str, Any]:
     found = {
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    if device.startswith("cuda"):
+    if torch := sys.modules.get("torch"):  # the benchmarks of the storage load none
+        found |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    if torch and device.startswith("cuda"):
         found["gpu"] = torch.cuda.get_device_name()
     return found
 
@@ -64,6 +62,8 @@ def compare(
 
 def rate(work: Callable[[], object], amount: float) -> float:
     """``amount`` per second of ``work``."""
+    import torch
+
     started = time.perf_counter()
     work()
     if torch.cuda.is_available():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from msa_memory.engine.decoder import Decoder
 from msa_memory.errors import CheckpointError, ConfigError
 
-__all__ = ["TARGETS", "Adapter", "LowRankLinear", "adapter_of", "attach", "load_adapter", "merge"]
+__all__ = ["Adapter", "LowRankLinear", "TARGETS", "adapter_of", "attach", "load_adapter", "merge"]
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _NAME = re.compile(r"(?P<module>model\.layers\.\d+\.(?:self_attn|mlp)\.\w+)\.lora_(?P<side>[AB])\.weight")

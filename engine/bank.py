@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msa_memory.engine import ops
+from msa_memory.engine import kernels, ops
 from msa_memory.engine.config import MSAConfig
 from msa_memory.engine.lexical import LexicalIndex, bm25
 from msa_memory.engine.states import PassageStates
+
+if TYPE_CHECKING:
+    from msa_memory.engine.kernels.routing import RoutingPlan
 
 __all__ = ["BankView", "MemoryBank", "Selection"]
 
@@ -189,6 +194,8 @@ class BankView:
         Masked passages score -inf. Whole blocks are always scored, so a passage's score does not depend
         on how full its block is.
         """
+        if self._blocks and self.msa.head_reduce == "mean" and kernels.usable(query, query.shape[-1]):
+            return self._score_in_one_pass(slot, query)
         parts = []
         for block in self._blocks:
             chunks = ops.score_chunks(
@@ -202,6 +209,28 @@ class BankView:
             parts.append(scores.cpu().numpy())
         scores_all = np.concatenate(parts) if parts else np.empty(0, dtype=np.float32)
         return np.where(self.visible, scores_all, np.float32(-np.inf))
+
+    @cached_property
+    def _plan(self) -> RoutingPlan:
+        from msa_memory.engine.kernels.routing import KeyBlock, plan_routing
+
+        return plan_routing([KeyBlock(b.keys, b.lengths.tolist(), b.numbers) for b in self._blocks])
+
+    def _score_in_one_pass(self, slot: int, query: Tensor) -> NDArray[np.float32]:
+        from msa_memory.engine.kernels.routing import route_questions
+
+        routed = route_questions(
+            self._plan,
+            slot,
+            [query],
+            top_k=1,
+            scale=self.msa.score_scale(query.shape[-1]),
+            visible=torch.from_numpy(self.visible).to(query.device),
+            query_reduce=self.msa.query_reduce,
+            chunk_reduce=self.msa.chunk_reduce,
+        )
+        scores: NDArray[np.float32] = routed.scores[0].cpu().numpy()
+        return scores
 
     def select(self, scores: NDArray[np.float32], k: int) -> Selection:
         """The k best visible passages, fewer when fewer are visible; ties go to the lower number."""

@@ -101,6 +101,11 @@ class Engine:
     def max_positions(self) -> int:
         return self.decoder.config.max_positions
 
+    @property
+    def reads_turns(self) -> bool:
+        """Whether the model finds answers in earlier turns; else they are recalled as evidence as well."""
+        return bool(self.calibration.get("reads_turns", 1.0))
+
     def split(self, text: str, max_tokens: int) -> list[Span]:
         """Cut a document into passages of at most ``max_tokens`` tokens."""
         return split_passages(text, self.tokenizer.encode_with_offsets, max_tokens)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msa_memory.engine import kernels
+
 __all__ = [
     "attend",
     "attend_documents",
@@ -73,6 +75,10 @@ def attend_documents(query: Tensor, keys: Tensor, values: Tensor, lengths: list[
     Returns:
         ``[N, H, D]``.
     """
+    if kernels.usable(query, query.shape[-1]):
+        from msa_memory.engine.kernels import documents
+
+        return documents.attend_documents(query, keys, values, lengths, scale)
     outputs, start = [], 0
     for length in lengths:
         part = slice(start, start + length)

@@ -100,7 +100,7 @@ class Worker:
 
     def run(self, steps: Steps[Any, R]) -> R:
         """Run a generator to its end and return its result. On the worker thread itself: run it inline."""
-        if self._is_current():
+        if self.is_current():
             return _drain(steps)
         job = self.start(steps)
         try:
@@ -111,7 +111,7 @@ class Worker:
 
     def run_all(self, all_steps: Iterable[Steps[Any, R]]) -> list[R]:
         """Run several generators together; their results in order. One failure cancels the others."""
-        if self._is_current():
+        if self.is_current():
             return [_drain(steps) for steps in all_steps]
         jobs = [self.start(steps) for steps in all_steps]
         try:
@@ -122,7 +122,7 @@ class Worker:
 
     def stream(self, steps: Steps[T, Any]) -> Iterator[T]:
         """Yield a generator's values as they come; closing the iterator stops the job."""
-        if self._is_current():
+        if self.is_current():
             yield from (value for value in steps if value is not None)
             return
         job = self.start(steps)
@@ -162,10 +162,11 @@ class Worker:
                 return
             self._closed = True
             self._inbox.put(None)
-        if self._thread is not None and not self._is_current():
+        if self._thread is not None and not self.is_current():
             self._thread.join()
 
-    def _is_current(self) -> bool:
+    def is_current(self) -> bool:
+        """Whether the caller runs on this worker's thread."""
         return threading.current_thread() is self._thread
 
     def _start_async(self, steps: Steps[T, R]) -> tuple[Job[T, R], asyncio.Event]:

@@ -9,23 +9,38 @@ from typing import TYPE_CHECKING, Any
 
 from msa_memory.config import MemoryConfig
 from msa_memory.errors import MSAError
-from msa_memory.types import Answer, AnswerChunk, Context, Document, ForgetReceipt, Page, Source, Stats
+from msa_memory.types import (
+    Answer,
+    AnswerChunk,
+    ChatMessage,
+    Context,
+    Document,
+    ForgetReceipt,
+    Message,
+    Page,
+    Source,
+    Stats,
+)
 
 if TYPE_CHECKING:
     from msa_memory.memory import MemoryModel
+    from msa_memory.session import Session
 
 __version__: str
 
 __all__ = [
     "Answer",
     "AnswerChunk",
+    "ChatMessage",
     "Context",
     "Document",
     "ForgetReceipt",
     "MSAError",
     "MemoryConfig",
     "MemoryModel",
+    "Message",
     "Page",
+    "Session",
     "Source",
     "Stats",
     "__version__",
@@ -37,6 +52,10 @@ def __getattr__(name: str) -> Any:
         from msa_memory.memory import MemoryModel
 
         return MemoryModel
+    if name == "Session":
+        from msa_memory.session import Session
+
+        return Session
     if name == "__version__":
         from importlib.metadata import version
 

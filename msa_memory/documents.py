@@ -7,19 +7,28 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
 
 from msa_memory.config import MemoryConfig
 from msa_memory.errors import InvalidDocumentError, LimitError
 
-__all__ = ["DocumentInput", "check_name", "check_question", "read_item", "read_metadata"]
+__all__ = [
+    "DocumentInput",
+    "check_name",
+    "check_question",
+    "limited",
+    "read_expiry",
+    "read_item",
+    "read_metadata",
+]
+
+T = TypeVar("T")
 
 MAX_ID_CHARS = 512
-MAX_DEPTH = 32
-ITEM_KEYS = ("content", "id", "metadata", "timestamp", "expires_at", "source", "trust")
+ITEM_KEYS = ("content", "id", "metadata", "timestamp", "expires_at", "ttl", "source", "trust")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +60,7 @@ def read_item(item: object, config: MemoryConfig) -> DocumentInput:
     unknown = sorted(map(str, set(item) - set(ITEM_KEYS)))
     if unknown:
         raise InvalidDocumentError(
-            f"an item has unknown keys {unknown}; expected some of {', '.join(ITEM_KEYS)}"
+            f"an item has unknown keys {unknown!s:.80}; expected some of {', '.join(ITEM_KEYS)}"
         )
     given = item.get("id")
     return DocumentInput(
@@ -59,7 +68,7 @@ def read_item(item: object, config: MemoryConfig) -> DocumentInput:
         text=_read_text(item.get("content"), config),
         metadata=read_metadata(item.get("metadata"), config),
         timestamp=_read_time("timestamp", item.get("timestamp")),
-        expires_at=_read_time("expires_at", item.get("expires_at")),
+        expires_at=read_expiry(item.get("expires_at"), item.get("ttl")),
         source=_read_label("source", item.get("source")),
         trust=_read_label("trust", item.get("trust")),
     )
@@ -81,7 +90,7 @@ def read_metadata(value: object, config: MemoryConfig) -> dict[str, Any]:
         return {}
     if not isinstance(value, Mapping):
         raise InvalidDocumentError(f"metadata is {_show(value)}; expected a mapping with string keys")
-    _check_metadata(value)
+    _check_metadata(value, config.max_metadata_depth)
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False, default=_plain)
     except (TypeError, ValueError, RecursionError) as error:
@@ -107,6 +116,16 @@ def check_question(question: object) -> str:
     return question
 
 
+def limited(items: Iterable[T], config: MemoryConfig) -> Iterator[T]:
+    """The items, as long as they are no more than ``max_batch``; LimitError then."""
+    for count, item in enumerate(items):
+        if count >= config.max_batch:
+            raise LimitError(
+                f"more than {config.max_batch} items in one call (MemoryConfig.max_batch); give them in parts"
+            )
+        yield item
+
+
 def _read_text(content: object, config: MemoryConfig) -> str:
     if not isinstance(content, str):
         raise InvalidDocumentError(f"content is {_show(content)}; expected a string")
@@ -129,7 +148,7 @@ def _read_time(what: str, value: object) -> datetime | None:
             value = datetime.fromisoformat(value)
         except ValueError as error:
             raise InvalidDocumentError(
-                f"{what} {value!r} is not an ISO 8601 date, such as 2026-01-31"
+                f"{what} {_show(value)} is not an ISO 8601 date, such as 2026-01-31"
             ) from error
     if not isinstance(value, datetime):
         raise InvalidDocumentError(f"{what} is {_show(value)}; expected a datetime or an ISO 8601 string")
@@ -137,6 +156,28 @@ def _read_time(what: str, value: object) -> datetime | None:
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
     except OverflowError as error:
         raise InvalidDocumentError(f"{what} {value} lies outside the years 1 to 9999 in UTC") from error
+
+
+def read_expiry(expires_at: object, ttl: object) -> datetime | None:
+    """When a document expires: a date, or seconds (or a timedelta) from now."""
+    if ttl is None:
+        return _read_time("expires_at", expires_at)
+    if expires_at is not None:
+        raise InvalidDocumentError("both expires_at and ttl are given; expected one of them")
+    if isinstance(ttl, timedelta):
+        seconds = ttl.total_seconds()
+    elif isinstance(ttl, int | float) and not isinstance(ttl, bool):
+        seconds = ttl
+    else:
+        raise InvalidDocumentError(f"ttl is {_show(ttl)}; expected seconds or a timedelta")
+    if not seconds > 0:  # NaN too
+        raise InvalidDocumentError(f"ttl is {_show(ttl)}; expected more than 0 seconds")
+    try:
+        return datetime.now(UTC) + timedelta(seconds=seconds)
+    except OverflowError as error:
+        raise InvalidDocumentError(
+            "the ttl ends after the year 9999; leave it out to keep the document"
+        ) from error
 
 
 def _read_label(what: str, value: object) -> str | None:
@@ -154,10 +195,12 @@ def _check_unicode(what: str, text: str) -> None:
         ) from error
 
 
-def _check_metadata(value: object, depth: int = 0) -> None:
+def _check_metadata(value: object, most: int, depth: int = 0) -> None:
     """What JSON would hide or storage could not hold: other keys than strings, NUL, endless nesting."""
-    if depth > MAX_DEPTH:
-        raise LimitError(f"metadata is nested deeper than {MAX_DEPTH} levels; flatten it")
+    if depth > most:
+        raise LimitError(
+            f"metadata is nested deeper than {most} levels (MemoryConfig.max_metadata_depth); flatten it"
+        )
     if isinstance(value, str):
         _check_unicode("metadata", value)
     elif isinstance(value, Mapping):
@@ -165,10 +208,10 @@ def _check_metadata(value: object, depth: int = 0) -> None:
             if not isinstance(key, str):
                 raise InvalidDocumentError(f"metadata has the key {_show(key)}; expected string keys")
             _check_unicode("metadata", key)
-            _check_metadata(child, depth + 1)
+            _check_metadata(child, most, depth + 1)
     elif isinstance(value, list | tuple):
         for child in value:
-            _check_metadata(child, depth + 1)
+            _check_metadata(child, most, depth + 1)
 
 
 def _plain(value: object) -> dict[str, Any]:

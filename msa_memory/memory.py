@@ -11,34 +11,58 @@ import builtins
 import os
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+    Set,
+)
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 from msa_memory.answering import AnswerOptions, Asking
 from msa_memory.config import MemoryConfig, default_model
-from msa_memory.documents import DocumentInput, check_name, check_question, read_item, read_metadata
+from msa_memory.conversation import read_conversation
+from msa_memory.documents import (
+    DocumentInput,
+    check_name,
+    check_question,
+    limited,
+    read_expiry,
+    read_item,
+    read_metadata,
+)
 from msa_memory.engine.engine import Engine
 from msa_memory.engine.layout import document_header
+from msa_memory.engine.worker import Worker
 from msa_memory.errors import (
     ConfigError,
     ConflictError,
+    EngineError,
     ForkedMemoryError,
     InvalidDocumentError,
     NotFoundError,
     ReadOnlyError,
 )
 from msa_memory.living_bank import LivingBank
-from msa_memory.persistence import NewDocument, NewPassage, Store
+from msa_memory.moving.encoding import encode_text
+from msa_memory.moving.verbs import MovingVerbs
+from msa_memory.persistence import NewDocument, PassageText, Store
 from msa_memory.progress import Progress, progress_reporter
 from msa_memory.runtime import Runtime, RuntimeKey, acquire, model_name, release
+from msa_memory.session import Session
 from msa_memory.types import (
     Answer,
     AnswerChunk,
+    ChatMessage,
     Context,
     Document,
     DocumentVersion,
@@ -47,6 +71,7 @@ from msa_memory.types import (
     Page,
     Source,
     Stats,
+    TensorBytes,
 )
 
 __all__ = ["MemoryModel"]
@@ -54,6 +79,9 @@ __all__ = ["MemoryModel"]
 Where = Mapping[str, Any]
 OnConflict = Literal["error", "replace", "skip"]
 T = TypeVar("T")
+QUERY_OPTIONS = frozenset(
+    ("top_k", "k", "where", "max_rounds", "max_new_tokens", "temperature", "stop", "evidence")
+)
 COMMIT_DOCUMENTS = 64
 MOST_PER_PAGE = 1_000_000
 
@@ -71,9 +99,11 @@ class _Shared:
     bank: LivingBank | None = None
     closed: bool = False
     closing: threading.Lock = field(default_factory=threading.Lock)
+    retired: set[Worker] = field(default_factory=set)
+    """Threads of models this memory moved away from."""
 
 
-class MemoryModel:
+class MemoryModel(MovingVerbs):
     """A language model with a living memory; open one with ``MemoryModel.open``.
 
     Safe to use from many threads and from asyncio. Every verb has an async twin with prefix ``a``.
@@ -140,6 +170,7 @@ class MemoryModel:
         on_conflict: OnConflict = "error",
         timestamp: object = None,
         expires_at: object = None,
+        ttl: float | timedelta | None = None,
         source: str | None = None,
         trust: str | None = None,
     ) -> Document:
@@ -150,7 +181,8 @@ class MemoryModel:
             metadata: JSON object; ``title`` and ``speaker`` are also read by the model.
             on_conflict: what to do if the id is taken.
             timestamp: when it was said or happened (datetime or ISO 8601, UTC if without zone).
-            expires_at: when it stops being visible.
+            expires_at: when it stops being visible; ``compact`` then erases it.
+            ttl: how long it stays visible instead, in seconds or as a timedelta.
             source, trust: provenance labels to filter by as ``$source`` and ``$trust``.
 
         Raises:
@@ -170,6 +202,7 @@ class MemoryModel:
         on_conflict: OnConflict = "error",
         timestamp: object = None,
         expires_at: object = None,
+        ttl: float | timedelta | None = None,
         source: str | None = None,
         trust: str | None = None,
     ) -> Document:
@@ -221,22 +254,82 @@ class MemoryModel:
         """Async twin of ``update``."""
         return await self._arun(self._update(id, content, metadata))
 
-    def forget(
-        self, ids: str | Sequence[str] | None = None, *, where: Where | None = None, dry_run: bool = False
-    ) -> ForgetReceipt:
-        """Forget documents by id or by filter: text, versions and states are masked and erased.
+    def restore(self, id: str, version: int) -> Document:
+        """Bring an earlier version back as the newest: its text, metadata, date and labels, encoded anew.
 
         Raises:
-            ConfigError: no selector, or both.
-            NotFoundError: an unknown id; nothing was forgotten.
+            NotFoundError: no such document or version here.
+            ConflictError: somebody else changed it meanwhile.
         """
-        return self._run(self._forget(ids, where, dry_run))
+        return self._run(self._restore(id, version))
+
+    async def arestore(self, id: str, version: int) -> Document:
+        """Async twin of ``restore``."""
+        return await self._arun(self._restore(id, version))
+
+    def forget(
+        self,
+        ids: str | Sequence[str] | None = None,
+        *,
+        where: Where | None = None,
+        session: str | None = None,
+        dry_run: bool = False,
+    ) -> ForgetReceipt:
+        """Forget documents by id, by filter or by session: text, versions and states are masked and erased.
+
+        A forgotten document takes the session's message that it holds along; a forgotten session all its
+        messages and their documents.
+
+        Raises:
+            ConfigError: no selector, or more than one.
+            NotFoundError: an unknown id or session; nothing was forgotten.
+        """
+        return self._run(self._forget(ids, where, session, dry_run))
 
     async def aforget(
-        self, ids: str | Sequence[str] | None = None, *, where: Where | None = None, dry_run: bool = False
+        self,
+        ids: str | Sequence[str] | None = None,
+        *,
+        where: Where | None = None,
+        session: str | None = None,
+        dry_run: bool = False,
     ) -> ForgetReceipt:
         """Async twin of ``forget``."""
-        return await self._arun(self._forget(ids, where, dry_run))
+        return await self._arun(self._forget(ids, where, session, dry_run))
+
+    def set_expiry(
+        self,
+        ids: str | Sequence[str],
+        *,
+        expires_at: object = None,
+        ttl: float | timedelta | None = None,
+    ) -> int:
+        """Change when documents stop being visible (None: never); how many of them there are.
+
+        Text, version and states stay. Ids without a document, or with one that has expired, are left out.
+        """
+        self._check_open(write=True)
+        until = read_expiry(expires_at, ttl)
+        return self._shared.store.set_expiry(self._namespace, _ids(ids), until)
+
+    async def aset_expiry(
+        self,
+        ids: str | Sequence[str],
+        *,
+        expires_at: object = None,
+        ttl: float | timedelta | None = None,
+    ) -> int:
+        """Async twin of ``set_expiry``."""
+        return await asyncio.to_thread(self.set_expiry, ids, expires_at=expires_at, ttl=ttl)
+
+    def forget_expired(self) -> ForgetReceipt:
+        """Forget what has expired in this namespace, now instead of at the next ``compact``."""
+        self._check_open(write=True)
+        return self._shared.store.forget_expired(self._namespace)
+
+    async def aforget_expired(self) -> ForgetReceipt:
+        """Async twin of ``forget_expired``."""
+        return await asyncio.to_thread(self.forget_expired)
 
     def forget_namespace(self, name: str, *, confirm: str) -> ForgetReceipt:
         """Forget everything in a namespace; ``confirm`` must repeat its name."""
@@ -251,7 +344,7 @@ class MemoryModel:
 
     def get(self, id: str) -> Document:
         """The document with this id. Raises NotFoundError if there is none or it has expired."""
-        return self._current(check_name("id", id))
+        return self._store.get(self._namespace, check_name("id", id))
 
     async def aget(self, id: str) -> Document:
         """Async twin of ``get``."""
@@ -262,7 +355,7 @@ class MemoryModel:
     ) -> Page[Document]:
         """Documents, newest first, a page at a time; pass ``next_cursor`` back for the next page."""
         if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= MOST_PER_PAGE:
-            raise ConfigError(f"limit is {limit!r}; it must be a whole number from 1 to {MOST_PER_PAGE}")
+            raise ConfigError(f"limit is {limit!r:.60}; it must be a whole number from 1 to {MOST_PER_PAGE}")
         return self._store.list(self._namespace, where, limit=limit, cursor=cursor)
 
     async def alist(
@@ -281,8 +374,7 @@ class MemoryModel:
 
     def history(self, id: str) -> tuple[DocumentVersion, ...]:
         """All versions of a document, oldest first. Raises NotFoundError."""
-        self._current(check_name("id", id))
-        return self._store.history(self._namespace, id)
+        return self._store.history(self._namespace, check_name("id", id))
 
     async def ahistory(self, id: str) -> tuple[DocumentVersion, ...]:
         """Async twin of ``history``."""
@@ -349,9 +441,7 @@ class MemoryModel:
         evidence: Literal["auto", "router", "generative"] = "auto",
     ) -> Iterator[AnswerChunk]:
         """``query``, piece by piece; the last chunk carries the whole Answer. Closing it stops the model."""
-        steps = self._asking(_asked(locals())).answer()
-        self._check_open()
-        return self._shared.runtime.worker.stream(steps)
+        return self._stream(self._asking(_asked(locals())).answer())
 
     def astream(
         self,
@@ -367,18 +457,55 @@ class MemoryModel:
         evidence: Literal["auto", "router", "generative"] = "auto",
     ) -> AsyncIterator[AnswerChunk]:
         """Async twin of ``stream``."""
-        steps = self._asking(_asked(locals())).answer()
-        self._check_open()
-        return self._shared.runtime.worker.astream(steps)
+        return self._astream(self._asking(_asked(locals())).answer())
+
+    def chat(
+        self, messages: Sequence[ChatMessage | Mapping[str, Any]], *, recall: bool = True, **options: Any
+    ) -> Answer:
+        """Continue a conversation with what the memory knows about its newest user message.
+
+        The newest user message routes, read after the turns before it. Where nothing in the memory is
+        relevant the model answers by itself and ``found`` is False.
+
+        Args:
+            messages: ``ChatMessage`` or mappings with ``role`` (system, user, assistant, tool), ``content``
+                and optionally ``name``; the oldest are left out when they exceed the model's window.
+            recall: False leaves the memory out altogether.
+            options: ``query``'s, and ``constraint``: what the answer may look like, see
+                ``msa_memory.engine.sampling.Constraint``.
+
+        Raises:
+            InvalidDocumentError: no messages, an unknown role, or content that is not text.
+            LimitError: the newest message does not fit the model's window.
+        """
+        return self._run(self._chatting(messages, recall, **options))
+
+    async def achat(
+        self, messages: Sequence[ChatMessage | Mapping[str, Any]], *, recall: bool = True, **options: Any
+    ) -> Answer:
+        """Async twin of ``chat``."""
+        return await self._arun(self._chatting(messages, recall, **options))
+
+    def stream_chat(
+        self, messages: Sequence[ChatMessage | Mapping[str, Any]], *, recall: bool = True, **options: Any
+    ) -> Iterator[AnswerChunk]:
+        """``chat``, piece by piece; the last chunk carries the whole Answer. Closing it stops the model."""
+        return self._stream(self._chatting(messages, recall, **options))
+
+    def astream_chat(
+        self, messages: Sequence[ChatMessage | Mapping[str, Any]], *, recall: bool = True, **options: Any
+    ) -> AsyncIterator[AnswerChunk]:
+        """Async twin of ``stream_chat``."""
+        return self._astream(self._chatting(messages, recall, **options))
 
     def query_many(self, questions: Sequence[str], **options: Any) -> builtins.list[Answer]:
         """Answer several questions, advancing together; takes ``query``'s options."""
-        return self._run_all([self._asking(asked).answer() for asked in _all_asked(questions, options)])
+        return self._run_all([self._asking(asked).answer() for asked in self._all_asked(questions, options)])
 
     async def aquery_many(self, questions: Sequence[str], **options: Any) -> builtins.list[Answer]:
         """Async twin of ``query_many``."""
         return await self._arun_all(
-            [self._asking(asked).answer() for asked in _all_asked(questions, options)]
+            [self._asking(asked).answer() for asked in self._all_asked(questions, options)]
         )
 
     def search(self, query: str, *, k: int = 5, where: Where | None = None) -> builtins.list[Source]:
@@ -394,14 +521,16 @@ class MemoryModel:
     ) -> builtins.list[builtins.list[Source]]:
         """``search`` for several queries."""
         options = {"k": k, "where": where}
-        return self._run_all([self._asking(asked).search() for asked in _all_asked(queries, options)])
+        return self._run_all([self._asking(asked).search() for asked in self._all_asked(queries, options)])
 
     async def asearch_many(
         self, queries: Sequence[str], *, k: int = 5, where: Where | None = None
     ) -> builtins.list[builtins.list[Source]]:
         """Async twin of ``search_many``."""
         options = {"k": k, "where": where}
-        return await self._arun_all([self._asking(asked).search() for asked in _all_asked(queries, options)])
+        return await self._arun_all(
+            [self._asking(asked).search() for asked in self._all_asked(queries, options)]
+        )
 
     def context(self, question: str, *, max_tokens: int = 1024, where: Where | None = None) -> Context:
         """The evidence for a question as one citable block for any other language model."""
@@ -432,12 +561,31 @@ class MemoryModel:
         """A view with its own documents, sharing this one's model and files."""
         return MemoryModel(self._shared, check_name("namespace", name))
 
-    def verify(self) -> tuple[str, ...]:
-        """Check every checksum, row hash and commit; returns what is wrong, in words (empty if nothing)."""
-        return self._store.verify()
+    def session(self, id: str) -> Session:
+        """The conversation with this id in this namespace; it begins with its first message."""
+        return Session(self, id)
 
-    async def averify(self) -> tuple[str, ...]:
+    def sessions(self) -> builtins.list[str]:
+        """Ids of the namespace's sessions, oldest first."""
+        return self._store.sessions(self._namespace)
+
+    async def asessions(self) -> builtins.list[str]:
+        """Async twin of ``sessions``."""
+        return await asyncio.to_thread(self.sessions)
+
+    def verify(self, repair: bool = False) -> tuple[str, ...]:
+        """Check every checksum, row hash and commit; returns what is wrong, in words (empty if nothing).
+
+        Args:
+            repair: encode damaged states anew from the kept text, and mend what else follows from it;
+                what is returned is then what only a backup can mend.
+        """
+        return self._run(self._repair()) if repair else self._store.verify()
+
+    async def averify(self, repair: bool = False) -> tuple[str, ...]:
         """Async twin of ``verify``."""
+        if repair:
+            return await self._arun(self._repair())
         return await asyncio.to_thread(self.verify)
 
     def compact(self) -> int:
@@ -508,6 +656,14 @@ class MemoryModel:
         self._check_open()
         return await self._shared.runtime.worker.arun(steps)
 
+    def _stream(self, steps: Generator[T | None, None, Any]) -> Iterator[T]:
+        self._check_open()
+        return self._shared.runtime.worker.stream(steps)
+
+    def _astream(self, steps: Generator[T | None, None, Any]) -> AsyncIterator[T]:
+        self._check_open()
+        return self._shared.runtime.worker.astream(steps)
+
     def _run_all(self, jobs: Sequence[Generator[Any, None, T]]) -> builtins.list[T]:
         self._check_open()
         return self._shared.runtime.worker.run_all(jobs)
@@ -518,6 +674,8 @@ class MemoryModel:
 
     def _engine(self) -> Engine:
         shared = self._shared
+        if any(worker.is_current() for worker in shared.retired):
+            raise EngineError("the memory moved to another model meanwhile; ask again")
         engine = shared.runtime.engine(allow_download=shared.model_named)
         if shared.bank is None:
             shared.store.bind_model(
@@ -531,10 +689,23 @@ class MemoryModel:
         assert self._shared.bank is not None
         return self._shared.bank
 
+    def _all_asked(
+        self, questions: Sequence[str], options: Mapping[str, Any]
+    ) -> builtins.list[AnswerOptions]:
+        if isinstance(questions, str) or not isinstance(questions, Iterable):
+            raise ConfigError(f"the questions are {questions!r:.60}; give a list of strings")
+        asked = limited(questions, self._shared.config)
+        return [_asked({"question": question, **options}) for question in asked]
+
     def _asking(self, options: AnswerOptions) -> Asking:
         return Asking(
             self._engine, self._bank, self._shared.store, self._namespace, self._shared.config, options
         )
+
+    def _chatting(
+        self, messages: object, recall: bool = True, **options: Any
+    ) -> Generator[AnswerChunk | None, None, Answer]:
+        return self._asking(_chatted(messages, recall, options)).answer()
 
     def _add_one(self, item: Mapping[str, Any], on_conflict: OnConflict) -> Generator[None, None, Document]:
         documents = yield from self._add_checked([item], on_conflict, False)
@@ -551,7 +722,7 @@ class MemoryModel:
             raise ConfigError(
                 f"add_many was given one {type(items).__name__}; give a list of items, or use add"
             )
-        inputs = [read_item(item, self._shared.config) for item in items]
+        inputs = [read_item(item, self._shared.config) for item in limited(items, self._shared.config)]
         self._refuse_taken(inputs, on_conflict)
         documents: builtins.list[Document] = []
         with progress_reporter(progress, len(inputs)) as report:
@@ -562,11 +733,11 @@ class MemoryModel:
 
     def _refuse_taken(self, inputs: Sequence[DocumentInput], on_conflict: OnConflict) -> None:
         if on_conflict not in ("error", "replace", "skip"):
-            raise ConfigError(f"on_conflict is {on_conflict!r}; expected 'error', 'replace' or 'skip'")
+            raise ConfigError(f"on_conflict is {on_conflict!r:.60}; expected 'error', 'replace' or 'skip'")
         if on_conflict == "error":
             ids = [document.id for document in inputs]
-            taken = {id for id, count in Counter(ids).items() if count > 1} | self._taken(ids)[0].keys()
-            if taken:
+            twice = {id for id, count in Counter(ids).items() if count > 1}
+            if taken := twice | self._shared.store.exists(self._namespace, ids):
                 raise ConflictError(
                     f"id {min(taken)!r} is taken in namespace {self._namespace!r} or given twice; use "
                     "update, on_conflict='replace' or 'skip', or another id"
@@ -582,7 +753,6 @@ class MemoryModel:
                 fresh.append((yield from self._encode(document)))
             done += 1
             report(done)
-        self._make_room(fresh, on_conflict)
         stored = {doc.id: doc for doc in self._shared.store.add(fresh, on_conflict=on_conflict)}
         return [kept.get(document.id) or stored[document.id] for document in inputs]
 
@@ -591,36 +761,16 @@ class MemoryModel:
         if on_conflict == "error":
             return {}
         by_id = {document.id: document for document in inputs}
-        visible, _ = self._taken(by_id)
-        return {id: old for id, old in visible.items() if on_conflict == "skip" or _same(old, by_id[id])}
+        taken = self._taken(by_id)
+        return {id: old for id, old in taken.items() if on_conflict == "skip" or _same(old, by_id[id])}
 
-    def _taken(self, ids: Iterable[str]) -> tuple[dict[str, Document], builtins.list[str]]:
-        """The visible documents with these ids, and those of the ids whose documents have expired."""
-        visible, expired = {}, []
+    def _taken(self, ids: Iterable[str]) -> dict[str, Document]:
+        """The documents that have these ids."""
+        found = {}
         for id in self._shared.store.exists(self._namespace, ids):
-            with suppress(NotFoundError):  # forgotten meanwhile
-                document = self._shared.store.get(self._namespace, id)
-                if _expired(document):
-                    expired.append(id)
-                else:
-                    visible[id] = document
-        return visible, expired
-
-    def _make_room(self, documents: Sequence[NewDocument], on_conflict: OnConflict) -> None:
-        """Forget expired documents whose ids are given out anew; a replaced one keeps its history."""
-        expired = [] if on_conflict == "replace" else self._taken(doc.id for doc in documents)[1]
-        if expired:
-            with suppress(NotFoundError):
-                self._shared.store.forget(self._namespace, ids=expired)
-
-    def _current(self, id: str) -> Document:
-        document = self._store.get(self._namespace, id)
-        if _expired(document):
-            raise NotFoundError(
-                f"document {id!r} in namespace {self._namespace!r} expired at {document.expires_at}; "
-                "add it again if it is needed"
-            )
-        return document
+            with suppress(NotFoundError):  # forgotten or expired meanwhile
+                found[id] = self._shared.store.get(self._namespace, id)
+        return found
 
     def _encode(self, document: DocumentInput) -> Generator[None, None, NewDocument]:
         engine = self._engine()
@@ -630,25 +780,14 @@ class MemoryModel:
             when=document.timestamp.date() if document.timestamp else None,
             speaker=speaker if isinstance(speaker, str) else None,
         )
-        spans = [
-            span for span in engine.split(document.text, self._shared.config.passage_tokens) if span.tokens
-        ]
-        if not spans:
-            raise InvalidDocumentError(f"content {document.text[:40]!a} has no character this model can read")
-        passages = []
-        for span, number in zip(spans, self._shared.store.reserve_numbers(len(spans)), strict=True):
-            states = engine.encode(number, header, document.text[span.start : span.end])
-            passages.append(
-                NewPassage(
-                    start=span.start,
-                    end=span.end,
-                    tokens=span.tokens,
-                    number=number,
-                    header=header,
-                    states=states.to_bytes(),
-                )
-            )
-            yield
+        passages = yield from encode_text(
+            engine,
+            document.text,
+            header,
+            passage_tokens=self._shared.config.passage_tokens,
+            reserve=self._shared.store.reserve_numbers,
+            what=f"content {document.text[:40]!a}",
+        )
         return NewDocument(
             id=document.id,
             namespace=self._namespace,
@@ -667,7 +806,7 @@ class MemoryModel:
         self._check_open(write=True)
         if content is None and metadata is None:
             raise ConfigError("update needs content or metadata; both are missing")
-        old = self._current(check_name("id", id))
+        old = self._store.get(self._namespace, check_name("id", id))
         merged = read_metadata(
             {**old.metadata, **read_metadata(metadata, self._shared.config)}, self._shared.config
         )
@@ -676,24 +815,59 @@ class MemoryModel:
             return self._shared.store.update_metadata(
                 self._namespace, id, merged, expected_version=old.version
             )
-        versions = self._shared.store.history(self._namespace, id)
-        dated = old.timestamp not in {version.created_at for version in versions}
+        item: dict[str, Any] = {"metadata": merged, "source": old.source, "trust": old.trust}
+        if content is None:
+            item |= {"content": old.text, "timestamp": old.timestamp}
+        else:
+            item["content"] = content
+        return (yield from self._next_version(old, item))
+
+    def _restore(self, id: str, version: int) -> Generator[None, None, Document]:
+        self._check_open(write=True)
+        current = self._store.get(self._namespace, check_name("id", id))
+        if not isinstance(version, int) or isinstance(version, bool):
+            raise InvalidDocumentError(f"version is {version!r:.60}; expected a whole number")
+        old = self._shared.store.restore_version(self._namespace, id, version)
         item = {
-            "content": old.text if content is None else content, "id": id, "metadata": merged,
-            "timestamp": old.timestamp if dated and content is None else None,
-            "expires_at": old.expires_at, "source": old.source, "trust": old.trust,
+            "content": old.text, "metadata": old.metadata, "timestamp": old.timestamp,
+            "source": old.source, "trust": old.trust,
         }  # fmt: skip
-        fresh = yield from self._encode(read_item(item, self._shared.config))
-        if content is None:  # it was not said again, and is as old as before
-            fresh = replace(fresh, timestamp=old.timestamp)
+        return (yield from self._next_version(current, item))
+
+    def _repair(self) -> Generator[None, None, tuple[str, ...]]:
+        self._check_open(write=True)
+        engine = self._engine()
+
+        def encode(passage: PassageText) -> dict[str, TensorBytes]:
+            return engine.encode(passage.record.number, passage.header, passage.text).to_bytes()
+
+        yield
+        return self._shared.store.repair(encode).remaining
+
+    def _next_version(self, old: Document, item: dict[str, Any]) -> Generator[None, None, Document]:
+        """Encode a document anew and store that; an item with a timestamp was not said again, but then."""
+        said_at = item.get("timestamp")
+        if said_at in {version.created_at for version in self._shared.store.history(self._namespace, old.id)}:
+            item["timestamp"] = None  # nobody gave it a date, so the model reads none
+        fresh = yield from self._encode(
+            read_item({**item, "id": old.id, "expires_at": old.expires_at}, self._shared.config)
+        )
+        if said_at is not None:
+            fresh = replace(fresh, timestamp=said_at)
         return self._shared.store.replace(fresh, expected_version=old.version)
 
     def _forget(
-        self, ids: str | Sequence[str] | None, where: Where | None, dry_run: bool
+        self, ids: str | Sequence[str] | None, where: Where | None, session: str | None, dry_run: bool
     ) -> Generator[None, None, ForgetReceipt]:
         self._check_open(write=not dry_run)
-        selected = None if ids is None else _ids(ids)
-        receipt = self._shared.store.forget(self._namespace, ids=selected, where=where, dry_run=dry_run)
+        if session is None:
+            selected = None if ids is None else _ids(ids)
+            receipt = self._shared.store.forget(self._namespace, ids=selected, where=where, dry_run=dry_run)
+        elif ids is None and where is None:
+            name = check_name("session", session)
+            receipt = self._shared.store.forget_session(self._namespace, name, dry_run=dry_run)
+        else:
+            raise ConfigError("forget was given a session and ids or where; give one of them")
         if self._shared.bank is not None:
             self._shared.bank.refresh()
         yield from ()  # a generator like every other verb, in one step
@@ -730,20 +904,21 @@ def _item(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _asked(arguments: Mapping[str, Any]) -> AnswerOptions:
     given = {key: value for key, value in arguments.items() if key != "self"}
-    known = AnswerOptions.__dataclass_fields__.keys() - {"max_tokens"}
-    if unknown := sorted(given.keys() - known):
-        raise ConfigError(f"unknown options {unknown}; query takes {', '.join(sorted(known - {'question'}))}")
+    _check_options("query", given.keys() - {"question"}, QUERY_OPTIONS)
     return AnswerOptions(check_question(given.pop("question")), **given)
 
 
-def _all_asked(questions: Sequence[str], options: Mapping[str, Any]) -> builtins.list[AnswerOptions]:
-    if isinstance(questions, str) or not isinstance(questions, Iterable):
-        raise ConfigError(f"the questions are {questions!r:.60}; give a list of strings")
-    return [_asked({"question": question, **options}) for question in questions]
+def _chatted(messages: object, recall: bool, options: Mapping[str, Any]) -> AnswerOptions:
+    _check_options("chat", options.keys(), QUERY_OPTIONS | {"constraint"})
+    if not isinstance(recall, bool):
+        raise ConfigError(f"recall is {recall!r:.60}; expected True or False")
+    conversation = read_conversation(messages)
+    return AnswerOptions(conversation.question, conversation=conversation, recall=recall, **options)
 
 
-def _expired(document: Document) -> bool:
-    return document.expires_at is not None and document.expires_at <= datetime.now(UTC)
+def _check_options(verb: str, given: Set[str], known: Set[str]) -> None:
+    if unknown := sorted(given - known):
+        raise ConfigError(f"unknown options {unknown}; {verb} takes {', '.join(sorted(known))}")
 
 
 def _same(old: Document, new: DocumentInput) -> bool:

@@ -183,7 +183,7 @@ class ForgetReceipt(_Frozen):
 
     ids: tuple[str, ...]
     counts: dict[str, int]
-    """Rows removed by kind: documents, versions, passages."""
+    """Rows removed by kind: documents, versions, passages, messages."""
     bytes_erased: int
     masked_at: datetime | None
     erased_at: datetime | None

@@ -1,21 +1,34 @@
 """Where a memory is kept: a catalog in SQL and states in files. Knows no model and no torch."""
 
+from msa_memory.persistence.bundle import Arrival, Bundles, StoredDocument, StoredMessage
+from msa_memory.persistence.fork import fork_bank
 from msa_memory.persistence.records import (
     BankIdentity,
     Changes,
     NewDocument,
     NewPassage,
+    OldVersion,
     PassageRecord,
     PassageText,
 )
+from msa_memory.persistence.reencoding import Reencoding
+from msa_memory.persistence.sessions import NewMessage
 from msa_memory.persistence.store import Store
 
 __all__ = [
+    "Arrival",
     "BankIdentity",
+    "Bundles",
     "Changes",
     "NewDocument",
+    "NewMessage",
     "NewPassage",
+    "OldVersion",
     "PassageRecord",
     "PassageText",
+    "Reencoding",
     "Store",
+    "StoredDocument",
+    "StoredMessage",
+    "fork_bank",
 ]

@@ -28,16 +28,18 @@ from msa_memory.errors import (
     StorageError,
 )
 from msa_memory.persistence.disk import guarded
+from msa_memory.persistence.tables import metadata
 
-__all__ = ["Database", "REVISIONS", "Scrubbed", "VACUUM_LIMIT_BYTES", "VERSION_TABLE"]
+__all__ = ["Database", "REVISIONS", "Scrubbed", "VACUUM_LIMIT_BYTES", "VERSION_TABLE", "first_line"]
 
-REVISIONS = ("0001",)
+REVISIONS = ("0001", "0002")
 """Every schema revision, oldest first; the last one is what this code reads and writes."""
 
 VACUUM_LIMIT_BYTES = 64 * 1024 * 1024
 """Largest SQLite catalog that a forget rewrites at once; above it ``compact`` does."""
 
 VERSION_TABLE = "msa_memory_version"
+_SECRETS = ("password", "sslpassword")  # of a URL's query, beside the one before the host
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _CORRUPT = (1, 11, 26)  # SQLITE_ERROR (tables or columns are not there), SQLITE_CORRUPT, SQLITE_NOTADB
 _BUSY = (5, 6)
@@ -47,10 +49,11 @@ _WRITER_PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON")
 
 
 class Scrubbed(NamedTuple):
-    """Whether the database's files were cleaned (if not, try again later), and what is out of reach."""
+    """What is left of deleted rows in the database's files: nothing, or what and until when."""
 
-    done: bool
-    left: tuple[str, ...]
+    left: tuple[str, ...] = ()
+    until_compact: bool = False
+    """Whether it stays until ``compact``; else the next write can try again."""
 
 
 class Database:
@@ -103,10 +106,11 @@ class Database:
         """A PostgreSQL database by URL. ConfigError for other URLs, MissingExtraError without psycopg."""
         try:
             parsed = make_url(url)
-        except ArgumentError as error:
+        except (ArgumentError, AttributeError, TypeError, ValueError):
             raise ConfigError(
-                "catalog_url cannot be parsed; expected postgresql://user@host/database"
-            ) from error
+                "catalog_url cannot be parsed; expected postgresql://user@host/database, with the special "
+                "characters of a password percent-encoded"
+            ) from None  # the parser's own message may hold a piece of the password
         if parsed.get_backend_name() != "postgresql":
             raise ConfigError(
                 f"catalog_url names {parsed.get_backend_name()!r}; expected postgresql://user@host/database, "
@@ -124,7 +128,8 @@ class Database:
             )
         except ImportError as error:
             raise MissingExtraError("PostgreSQL needs psycopg: pip install 'msa-memory[postgres]'") from error
-        return cls(engine, parsed.render_as_string(hide_password=True))
+        shown = parsed.difference_update_query(_SECRETS)
+        return cls(engine, shown.render_as_string(hide_password=True))
 
     @property
     def is_sqlite(self) -> bool:
@@ -173,23 +178,41 @@ class Database:
             except CommandError as error:
                 raise StorageError(f"cannot migrate {self._place}: {error}") from error
 
-    def scrub(self, *, limit_bytes: int | None = VACUUM_LIMIT_BYTES) -> Scrubbed:
-        """Remove what deleted rows left in the database's files.
-
-        ``limit_bytes`` is the largest SQLite file to rewrite, None for any.
-        """
+    def scrub(self, *, compacting: bool = False) -> Scrubbed:
+        """Remove what deleted rows left in the database's files; in large ones only when ``compacting``."""
         if not self.is_sqlite:
-            kept = "PostgreSQL keeps deleted rows in its files until VACUUM FULL, and in its WAL and replicas"
-            return Scrubbed(done=True, left=(kept,))
-        left: list[str] = []
-        if limit_bytes is None or self.size_bytes() <= limit_bytes:
+            if compacting:
+                self._vacuum_full()
+            kept = "deleted rows in PostgreSQL's files until compact() runs VACUUM FULL"
+            return Scrubbed() if compacting else Scrubbed((kept,), until_compact=True)
+        large = not compacting and self.size_bytes() > VACUUM_LIMIT_BYTES
+        if not large:
             self._outside_transactions("VACUUM")  # moved cells leave copies that secure_delete does not see
-        else:
-            left.append("fragments of index entries in the SQLite file until compact()")
-        done = self._path is None or not self._outside_transactions("PRAGMA wal_checkpoint(TRUNCATE)")[0]
-        if not done:
-            left.append("the SQLite write-ahead log, which another reader holds open, until the next write")
-        return Scrubbed(done=done, left=tuple(left))
+        if self._path is not None and self._outside_transactions("PRAGMA wal_checkpoint(TRUNCATE)")[0]:
+            log = "the SQLite write-ahead log, which another reader holds open, until the next write"
+            return Scrubbed((log,))
+        if large:
+            kept = "fragments of index entries in the SQLite file until compact()"
+            return Scrubbed((kept,), until_compact=True)
+        return Scrubbed()
+
+    def _vacuum_full(self) -> None:
+        """Rewrite this catalog's tables in files of their own; waits for readers only briefly."""
+        with self._translated(), self.engine.connect() as connection:
+            connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+            connection.execute(text(f"SET lock_timeout = {_SCRUB_WAIT_MS}"))
+            for table in metadata.sorted_tables:
+                connection.execute(text(f'VACUUM (FULL, ANALYZE) "{table.name}"'))
+            connection.execute(text("RESET lock_timeout"))
+
+    def copy_to(self, path: Path) -> None:
+        """Write an SQLite database, without free pages, to the empty file ``path``; not synced."""
+        with self._gate, self._translated():
+            connection = self.engine.raw_connection()
+            try:
+                connection.cursor().execute("VACUUM INTO ?", (str(path),))
+            finally:
+                connection.close()
 
     def size_bytes(self) -> int:
         """Bytes the catalog occupies, its write-ahead log included."""
@@ -233,6 +256,15 @@ class Database:
             lines = [str(row[0]) for row in connection.execute(text("PRAGMA integrity_check(20)"))]
         return [f"{self._place}: {line}" for line in lines if line != "ok"]
 
+    def rebuild_indexes(self) -> None:
+        """Make every index anew from its table."""
+        with self.writing() as connection:
+            if self.is_sqlite:
+                connection.execute(text("REINDEX"))
+            else:
+                for table in metadata.sorted_tables:
+                    connection.execute(text(f'REINDEX TABLE "{table.name}"'))
+
     def close(self) -> None:
         """Close every connection; SQLite then folds its write-ahead log into the file."""
         with self._translated():
@@ -257,6 +289,10 @@ class Database:
     def _translated(self) -> Iterator[None]:
         try:
             yield
+        except UnicodeDecodeError as error:  # SQLite quotes a damaged schema in its message
+            raise CatalogDamagedError(
+                f"{self._place} is damaged: {error}; restore it from a backup"
+            ) from error
         except (UnicodeEncodeError, OverflowError) as error:
             raise InvalidDocumentError(
                 f"{self._place} cannot hold the value: {error}; expected valid Unicode and 64-bit integers"
@@ -266,7 +302,7 @@ class Database:
 
     def _ours(self, error: Exception) -> MSAError:
         original = error.orig if isinstance(error, DBAPIError) and error.orig else error
-        reason = str(original).partition("\n")[0]
+        reason = first_line(original, self.engine)
         code = getattr(original, "sqlite_errorcode", 0) & 0xFF
         if code in _CORRUPT:
             return CatalogDamagedError(f"{self._place} is damaged: {reason}; restore it from a backup")
@@ -277,12 +313,22 @@ class Database:
         return StorageError(f"{self._place} refused: {reason}; check free space, permissions and the server")
 
 
+def first_line(error: BaseException, engine: Engine) -> str:
+    """What a driver or server says first, without the passwords of the engine's URL."""
+    line, url = str(error).partition("\n")[0], engine.url
+    for secret in (url.password, *(url.query.get(name) for name in _SECRETS)):
+        if secret:
+            line = line.replace(str(secret), "***")
+    return line
+
+
 def _begin(connection: Connection) -> None:
     immediate = connection.get_execution_options().get("immediate", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
 
 
 def _prepared(connection: sqlite3.Connection, pragmas: tuple[str, ...]) -> sqlite3.Connection:
+    connection.text_factory = _text
     try:
         for pragma in pragmas:
             connection.execute(f"PRAGMA {pragma}").close()
@@ -290,6 +336,11 @@ def _prepared(connection: sqlite3.Connection, pragmas: tuple[str, ...]) -> sqlit
         connection.close()
         raise
     return connection
+
+
+def _text(data: bytes) -> str:
+    """Bytes that are no text become a string that fits no stamp, so that the row is named, not the file."""
+    return data.decode(errors="surrogateescape")
 
 
 def _mode(path: Path, read_only: bool) -> str:

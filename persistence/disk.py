@@ -1,5 +1,6 @@
 """Bytes onto a disk, for certain: full writes, fsync of files and folders, OSError as StorageError.
 
+Every change this package makes to a file of a bank, other than the database's own, goes through here.
 Knows no format and no database.
 """
 
@@ -8,12 +9,12 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from msa_memory.errors import StorageError
 
-__all__ = ["guarded", "opened", "sync", "sync_folder", "write_at"]
+__all__ = ["guarded", "move", "open_file", "opened", "remove", "sync", "sync_folder", "truncate", "write_at"]
 
 _FULL_SYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync alone stops at the drive's cache
 
@@ -32,11 +33,16 @@ def guarded(action: str, path: Path) -> Iterator[None]:
 @contextmanager
 def opened(path: Path, flags: int, mode: int = 0o600) -> Iterator[int]:
     """A file descriptor for the length of the block; OSError passes through."""
-    descriptor = os.open(path, flags, mode)
+    descriptor = open_file(path, flags, mode)
     try:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def open_file(path: Path, flags: int, mode: int = 0o600) -> int:
+    """A file descriptor that the caller closes; new files are their owner's only."""
+    return os.open(path, flags, mode)
 
 
 def sync(descriptor: int) -> None:
@@ -59,3 +65,20 @@ def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     while rest:
         written = os.pwrite(descriptor, rest, offset)
         rest, offset = rest[written:], offset + written
+
+
+def truncate(descriptor: int, size_bytes: int) -> None:
+    """Cut a file off, or fill it up with zeros."""
+    os.ftruncate(descriptor, size_bytes)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, if it is there; durable with the next ``sync_folder``."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def move(source: Path, target: Path) -> None:
+    """Put a synced file in another's place, in one step; durable when this returns."""
+    os.rename(source, target)
+    sync_folder(target.parent)

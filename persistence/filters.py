@@ -24,6 +24,7 @@ __all__ = ["Comparison", "Every", "Filter", "Negation", "Some", "compile_filter"
 MAX_DEPTH = 16
 MAX_TESTS = 256
 MAX_VALUES = 4096
+MAX_BITS = 14_000  # Python writes integers of up to 4,300 digits, and JSON holds no others
 
 OPERATORS = ("$eq", "$ne", "$in", "$nin", "$gt", "$gte", "$lt", "$lte", "$exists", "$contains", "$not")
 COMBINERS = ("$and", "$or", "$not")
@@ -177,7 +178,7 @@ class _Parser:
                 )
         hint = (
             ""
-            if str(operator).startswith("$")
+            if not isinstance(operator, str) or operator.startswith("$")
             else f"; spell a nested key with a dot: {_shown(f'{key}.{operator}')}"
         )
         raise InvalidFilterError(
@@ -197,7 +198,12 @@ class _Parser:
             return value
         if isinstance(value, str):
             return _clean(value)
-        if isinstance(value, int | float) and math.isfinite(value):
+        if isinstance(value, int) and value.bit_length() > MAX_BITS:
+            raise InvalidFilterError(
+                f"{operator} on {_shown(key)} holds a number of {value.bit_length()} bits; metadata holds at "
+                f"most {MAX_BITS}"
+            )
+        if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
             return value
         raise InvalidFilterError(
             f"{operator} on {_shown(key)} holds {_shown(value)}, a {type(value).__name__}; "
@@ -309,5 +315,8 @@ def _clean(text: str) -> str:
 
 
 def _shown(value: object) -> str:
-    text = ascii(value)
+    try:
+        text = ascii(value)
+    except ValueError:  # an integer that is too long to be written
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."

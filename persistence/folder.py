@@ -12,9 +12,9 @@ from urllib.parse import unquote, urlsplit
 from msa_memory.errors import ConfigError, StorageError
 from msa_memory.persistence.disk import guarded, opened, sync_folder
 
-__all__ = ["BankFolder", "CATALOG", "COMMIT", "LOCK", "STATES", "state_folder"]
+__all__ = ["BankFolder", "CATALOG", "COMMIT", "LOCK", "SEAL", "STATES", "state_folder"]
 
-CATALOG, COMMIT, LOCK, STATES = "catalog.sqlite3", "commit", "lock", "states"
+CATALOG, COMMIT, LOCK, SEAL, STATES = "catalog.sqlite3", "commit", "lock", "seal", "states"
 
 
 class BankFolder:
@@ -24,6 +24,7 @@ class BankFolder:
         self.root = root
         self.catalog = root / CATALOG
         self.lock = root / LOCK
+        self.seal = root / SEAL
         self.commit = (state_root or root) / COMMIT
         self.states = (state_root or root) / STATES
 
@@ -50,7 +51,7 @@ class BankFolder:
 
     def _is_unfinished(self, names: set[str]) -> bool:
         """Whether a crash during creation, or a lost catalog, explains what is there."""
-        return names <= {LOCK, STATES} and all(
+        return names <= {LOCK, SEAL, STATES} and all(
             file.name.startswith("segment-")
             for file in (self.states.iterdir() if self.states.is_dir() else ())
         )

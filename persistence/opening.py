@@ -6,26 +6,37 @@ writer lock; only creation and migration take it. Knows no document.
 
 from __future__ import annotations
 
+import logging
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+from sqlalchemy import Connection
+
 from msa_memory.errors import CatalogDamagedError, ConfigError, StorageError
-from msa_memory.persistence.catalog import FORMAT_VERSION, Catalog
-from msa_memory.persistence.commit_counter import CommitCounter
+from msa_memory.persistence import bank_rows
+from msa_memory.persistence.audit import lost_or_inconsistent
+from msa_memory.persistence.commit_counter import Acknowledged, CommitCounter
 from msa_memory.persistence.database import REVISIONS, Database
 from msa_memory.persistence.disk import guarded
 from msa_memory.persistence.folder import BankFolder, state_folder
+from msa_memory.persistence.ledger import digest_at
 from msa_memory.persistence.records import BankIdentity
+from msa_memory.persistence.seal import fits_seal
 from msa_memory.persistence.segments import FileSegments, MemorySegments, Segments
 from msa_memory.persistence.writer_lock import AdvisoryLock, FileLock, ThreadLock, WriterLock
 
-__all__ = ["OpenBank", "check_commits", "open_folder", "open_in_memory"]
+__all__ = ["OpenBank", "check_commits", "find_damage", "open_folder", "open_in_memory"]
+
+logger = logging.getLogger(__name__)
+
+CHECKED_WHEN_UNSEALED_BYTES = 32 * 1024 * 1024
+"""Largest SQLite catalog that is read through at opening, where its bank was not closed properly."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpenBank:
-    """The parts a store works with; ``counter`` is None for a bank in memory."""
+    """The parts a store works with; ``counter`` and ``folder`` are None for a bank in memory."""
 
     database: Database
     segments: Segments
@@ -33,6 +44,9 @@ class OpenBank:
     counter: CommitCounter | None
     identity: BankIdentity
     place: str
+    folder: BankFolder | None = None
+    damage: tuple[str, ...] = ()
+    """What was found lost or inconsistent: what is still there can be read, nothing can be written."""
 
 
 def open_in_memory(timeout_s: float) -> OpenBank:
@@ -66,21 +80,46 @@ def open_folder(
         identity = _read_identity(database)
         acknowledged = counter.read()  # before the catalog: another process may commit in between
         with database.reading() as connection:
-            check_commits(acknowledged, Catalog().generation(connection), identity)
+            check_commits(acknowledged, connection, identity)
+        damage = _look_for_damage(folder, database) if database.is_sqlite else ()
     except BaseException:
         database.engine.dispose()
         raise
-    return OpenBank(database, FileSegments(folder.states), lock, counter, identity, str(path))
+    segments = FileSegments(folder.states)
+    return OpenBank(database, segments, lock, counter, identity, str(path), folder, damage)
 
 
-def check_commits(acknowledged: tuple[str, int] | None, generation: int, identity: BankIdentity) -> None:
-    """CatalogDamagedError unless the catalog's ``generation`` has every commit that was ever acknowledged.
+def _look_for_damage(folder: BankFolder, database: Database) -> tuple[str, ...]:
+    """Nothing for a catalog that fits its seal; else what reading would not notice, if it is small."""
+    if fits_seal(folder.seal, folder.catalog) or database.size_bytes() > CHECKED_WHEN_UNSEALED_BYTES:
+        return ()
+    damage = find_damage(database)
+    for problem in damage:
+        logger.error("%s", problem)
+    return damage
 
-    Read the counter first and the generation second: another process may commit in between.
+
+def find_damage(database: Database) -> tuple[str, ...]:
+    """What the database finds wrong with its files, and rows that are lost, back or inconsistent."""
+    found: list[str] = []
+    try:
+        found += database.problems()
+        with database.reading() as connection:
+            found += lost_or_inconsistent(connection)
+    except CatalogDamagedError as error:  # so damaged that it cannot be read to the end
+        found.append(str(error))
+    return tuple(found)
+
+
+def check_commits(acknowledged: Acknowledged | None, connection: Connection, identity: BankIdentity) -> None:
+    """CatalogDamagedError unless the catalog has every commit that was ever acknowledged.
+
+    ``acknowledged`` was read before the transaction began: another process may commit in between.
     """
     if acknowledged is None:
         raise CatalogDamagedError("the commit counter is missing; restore the bank's folder from a backup")
-    bank_id, count = acknowledged
+    bank_id, count, digest = acknowledged
+    generation = bank_rows.generation(connection)
     if bank_id != identity.bank_id:
         raise CatalogDamagedError(
             f"the catalog belongs to bank {identity.bank_id}, the commit counter and states to bank "
@@ -90,6 +129,11 @@ def check_commits(acknowledged: tuple[str, int] | None, generation: int, identit
         raise CatalogDamagedError(
             f"the catalog has {generation} commits, but {count} were acknowledged: its write-ahead log was "
             "lost or an older copy was put in place; restore the whole folder from one backup"
+        )
+    if digest is not None and (found := digest_at(connection, count)) not in (digest, None):
+        raise CatalogDamagedError(
+            f"commit {count} of the catalog is {found.hex()[:16]}, but {digest.hex()[:16]} was acknowledged: "
+            "another copy was put in place and written to; restore the whole folder from one backup"
         )
 
 
@@ -106,7 +150,7 @@ def _need_catalog_file(folder: BankFolder, counter: CommitCounter, lock: WriterL
 
 def _refuse_lost_catalog(folder: BankFolder, counter: CommitCounter) -> None:
     acknowledged = counter.read()
-    if folder.holds_states() or (acknowledged is not None and acknowledged[1] > 0):
+    if folder.holds_states() or (acknowledged is not None and acknowledged.generation > 0):
         raise CatalogDamagedError(
             f"the catalog of {folder.root} is missing or empty, but the bank has states or acknowledged "
             "commits; restore the catalog from a backup (a new one would hide the memory)"
@@ -152,15 +196,15 @@ def _known_revision(database: Database) -> str | None:
 
 def _create_bank(database: Database) -> None:
     with database.writing() as connection:
-        Catalog().create_bank(connection, uuid.uuid4().hex)
+        bank_rows.create(connection, uuid.uuid4().hex)
 
 
 def _create_counter(folder: BankFolder, database: Database, counter: CommitCounter) -> None:
     acknowledged = counter.read()
     identity = _read_identity(database)
     with database.reading() as connection:
-        generation = Catalog().generation(connection)
-    if generation == 0 and (acknowledged is None or acknowledged[1] == 0):
+        generation = bank_rows.generation(connection)
+    if generation == 0 and (acknowledged is None or acknowledged.generation == 0):
         counter.create(identity.bank_id)
     elif acknowledged is None:
         raise CatalogDamagedError(
@@ -171,16 +215,16 @@ def _create_counter(folder: BankFolder, database: Database, counter: CommitCount
 
 def _identity(database: Database) -> BankIdentity | None:
     with database.reading() as connection:
-        return Catalog().identity(connection)
+        return bank_rows.identity(connection)
 
 
 def _read_identity(database: Database) -> BankIdentity:
     identity = _identity(database)
     if identity is None:
         raise CatalogDamagedError("the catalog has lost its bank row; restore it from a backup")
-    if identity.format_version != FORMAT_VERSION:
+    if identity.format_version != bank_rows.FORMAT_VERSION:
         raise ConfigError(
-            f"the bank has format {identity.format_version}, this version reads {FORMAT_VERSION}; "
+            f"the bank has format {identity.format_version}, this version reads {bank_rows.FORMAT_VERSION}; "
             "upgrade msa-memory"
         )
     return identity

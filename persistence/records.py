@@ -14,7 +14,27 @@ from typing import Any
 
 from msa_memory.types import TensorBytes
 
-__all__ = ["BankIdentity", "Changes", "NewDocument", "NewPassage", "PassageRecord", "PassageText"]
+__all__ = [
+    "BankIdentity",
+    "Changes",
+    "Event",
+    "NewDocument",
+    "NewPassage",
+    "OldVersion",
+    "PassageRecord",
+    "PassageText",
+    "Repair",
+    "StagedStates",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class StagedStates:
+    """The states of one passage, packed and set aside on disk by ``Store.stage`` until their document."""
+
+    number: int
+    offset: int
+    length: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +47,7 @@ class NewPassage:
     """One past the last character."""
     tokens: int
     number: int
-    states: Mapping[str, TensorBytes]
+    states: Mapping[str, TensorBytes] | StagedStates
     header: str = ""
     """What the model read before the passage (title, date, speaker)."""
 
@@ -107,3 +127,45 @@ class BankIdentity:
     model: str | None
     fingerprint: str | None
     model_info: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OldVersion:
+    """What a version of a document said, for ``restore``; its states are gone and have to be made anew."""
+
+    namespace: str
+    id: str
+    version: int
+    text: str
+    metadata: dict[str, Any]
+    timestamp: datetime
+    created_at: datetime
+    """When this version was written."""
+    expires_at: datetime | None
+    source: str | None
+    trust: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One change of a bank: who, when, where and of which kind. Holds no text and no id."""
+
+    generation: int
+    """The commit it belongs to."""
+    time: datetime
+    actor: str
+    """Host and process id."""
+    namespace: str | None
+    """None for the whole bank, and for a namespace that was forgotten."""
+    kind: str
+    document: int | None
+    """The first document's row number, never its id; None for a selection."""
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """What ``Store.repair`` mended and what it could not, in sentences."""
+
+    repaired: tuple[str, ...]
+    remaining: tuple[str, ...]

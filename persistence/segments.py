@@ -1,30 +1,43 @@
-"""The state blocks of a bank: appended to segment files, read through a memory map, overwritten to erase.
+"""The state blocks of a bank: appended to segment files, read by position, overwritten to erase.
 
 Knows names, offsets and bytes; what a block means is in ``blocks``, which bytes count is in the catalog:
 a segment's committed size is the truth, whatever lies beyond it is a crashed write. Bytes inside the
-committed size are never cut off or reused, so a mapped reader cannot be surprised.
+committed size are never moved or reused. A file with a second hard link (a fork's) is never written:
+appending goes to a new segment, and erasing first gives this bank a file of its own.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import re
 import threading
 import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from msa_memory.errors import StorageError
 from msa_memory.persistence.blocks import BlockError, aligned
-from msa_memory.persistence.disk import guarded, opened, sync, sync_folder, write_at
+from msa_memory.persistence.disk import (
+    guarded,
+    move,
+    open_file,
+    opened,
+    remove,
+    sync,
+    sync_folder,
+    truncate,
+    write_at,
+)
 
 __all__ = ["FileSegments", "MemorySegments", "Placed", "SEGMENT_LIMIT_BYTES", "Segments", "Span", "next_name"]
 
 SEGMENT_LIMIT_BYTES = 256 * 1024 * 1024
-_ZEROS = bytes(1 << 20)
+_PIECE_BYTES = 1 << 20
+_ZEROS = bytes(_PIECE_BYTES)
 _NAME = re.compile(r"segment-(\d{8})\.seg")
+_COPY = "copy"  # one at a time, under the writer lock; a crash leaves it to the next one
 
 
 class Span(NamedTuple):
@@ -45,7 +58,7 @@ class Placed(NamedTuple):
 
 
 class Segments(Protocol):
-    """What a store asks of its segments. Writers hold the writer lock; ``view`` needs none.
+    """What a store asks of its segments. Writers hold the writer lock; ``read`` needs none.
 
     ``sizes`` is always the committed size in bytes of every segment, from the catalog.
     """
@@ -59,8 +72,8 @@ class Segments(Protocol):
         """
         ...
 
-    def view(self, span: Span) -> memoryview:
-        """The bytes of a span, read-only where they lie in a file; BlockError if they are not there."""
+    def read(self, span: Span) -> bytes:
+        """The bytes of a span as they are now; BlockError if they are not there."""
         ...
 
     def erase(self, spans: Iterable[Span]) -> None:
@@ -72,7 +85,7 @@ class Segments(Protocol):
         ...
 
     def remove(self, names: Iterable[str]) -> None:
-        """Delete whole segments that no passage refers to."""
+        """Overwrite and delete whole segments that no passage refers to."""
         ...
 
     def sizes(self) -> dict[str, int]:
@@ -80,7 +93,7 @@ class Segments(Protocol):
         ...
 
     def close(self) -> None:
-        """Release files and maps; views handed out stay valid."""
+        """Release files."""
         ...
 
 
@@ -89,11 +102,11 @@ def next_name(names: Iterable[str]) -> str:
     return f"segment-{max(map(_number, names), default=0) + 1:08d}.seg"
 
 
-class _Mapped:
+class _Open:
+    """A descriptor that closes when its last reader lets go of it."""
+
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
-        size = os.fstat(self.descriptor).st_size
-        self.view = memoryview(mmap.mmap(self.descriptor, size, prot=mmap.PROT_READ) if size else b"")
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
@@ -105,8 +118,8 @@ class FileSegments:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._maps: dict[str, _Mapped] = {}
-        self._mapping = threading.Lock()
+        self._open: dict[str, _Open] = {}
+        self._opening = threading.Lock()
 
     def append(
         self, blocks: Iterable[bytes], sizes: Mapping[str, int], *, fresh: bool = False
@@ -142,14 +155,15 @@ class FileSegments:
         if not sizes:
             return next_name(()), 0
         name = max(sizes, key=_number)
+        shared = self._is_shared(self._folder / name)
         damaged = self.sizes().get(name, 0) < sizes[name]  # shorter than committed: leave it as it is
-        if fresh or damaged:
+        if fresh or shared or damaged:
             return next_name(sizes), 0
         return name, aligned(sizes[name])
 
     def _switch(self, descriptor: int, name: str) -> int:
         self._finish(descriptor)
-        return os.open(self._folder / name, os.O_RDWR | os.O_CREAT, 0o600)
+        return open_file(self._folder / name, os.O_RDWR | os.O_CREAT)
 
     @staticmethod
     def _finish(descriptor: int) -> None:
@@ -159,24 +173,34 @@ class FileSegments:
             finally:
                 os.close(descriptor)
 
-    def view(self, span: Span) -> memoryview:
-        end = span.offset + span.length
-        mapped = self._maps.get(span.segment)
-        if mapped is None or end > len(mapped.view):
-            mapped = self._map(span.segment)
-        size = min(len(mapped.view), os.fstat(mapped.descriptor).st_size)
-        if end > size:  # touching a map past the end of its file would kill the process with SIGBUS
-            raise BlockError(f"the file ends at byte {size}, the block at {end}")
-        return mapped.view[span.offset : end]
+    def read(self, span: Span) -> bytes:
+        _number(span.segment)
+        data = b""
+        for again in (False, True):  # the file may have been replaced by a copy since it was opened
+            data = self._read(self._reader(span.segment, again), span)
+            if len(data) == span.length:
+                return data
+        raise BlockError(f"the file ends at byte {span.offset + len(data)} or before, the block at "
+                         f"{span.offset + span.length}")  # fmt: skip
 
-    def _map(self, name: str) -> _Mapped:
-        _number(name)
-        with self._mapping:
+    @staticmethod
+    def _read(file: _Open, span: Span) -> bytes:
+        try:
+            end = os.fstat(file.descriptor).st_size
+            return os.pread(file.descriptor, max(min(span.length, end - span.offset), 0), span.offset)
+        except OSError as error:
+            raise BlockError(f"the file cannot be read: {error.strerror}") from error
+
+    def _reader(self, name: str, again: bool) -> _Open:
+        file = None if again else self._open.get(name)
+        if file is not None:
+            return file
+        with self._opening:
             try:
-                mapped = self._maps[name] = _Mapped(self._folder / name)
+                file = self._open[name] = _Open(self._folder / name)
             except OSError as error:
                 raise BlockError(f"the file cannot be opened: {error.strerror}") from error
-            return mapped
+            return file
 
     def erase(self, spans: Iterable[Span]) -> None:
         by_segment: dict[str, list[Span]] = {}
@@ -185,39 +209,44 @@ class FileSegments:
         for name, group in by_segment.items():
             _number(name)
             path = self._folder / name
-            with guarded("erase states in", path):
-                try:
-                    self._overwrite(path, group)
-                except FileNotFoundError:
-                    continue
-
-    @staticmethod
-    def _overwrite(path: Path, spans: Iterable[Span]) -> None:
-        with opened(path, os.O_RDWR) as descriptor:
-            size = os.fstat(descriptor).st_size
-            for _, offset, length in spans:
-                end = min(offset + length, size)
-                for start in range(offset, end, len(_ZEROS)):
-                    write_at(descriptor, memoryview(_ZEROS)[: end - start], start)
-            sync(descriptor)
+            with guarded("erase states in", path), suppress(FileNotFoundError):
+                self._own(path)
+                _overwrite(path, group)
 
     def cut(self, sizes: Mapping[str, int]) -> None:
-        for name, size in self.sizes().items():
+        found = self.sizes()
+        self.remove(name for name in found if name not in sizes)
+        self._drop_copy()
+        for name, size in found.items():
             path = self._folder / name
             with guarded("cut the unfinished end of", path):
-                if name not in sizes:
-                    path.unlink()
-                elif size > sizes[name]:
+                if size > sizes.get(name, size):
+                    self._own(path)
                     with opened(path, os.O_RDWR) as descriptor:
-                        os.ftruncate(descriptor, sizes[name])
+                        truncate(descriptor, sizes[name])
                         sync(descriptor)
 
+    def _drop_copy(self) -> None:
+        """What a crash left of making a file this bank's own."""
+        copy = self._folder / _COPY
+        with guarded("remove", copy), suppress(FileNotFoundError):
+            _overwrite(copy, [Span(_COPY, 0, copy.stat().st_size)])
+            remove(copy)
+
     def remove(self, names: Iterable[str]) -> None:
+        gone = False
         for name in names:
             _number(name)
-            self._maps.pop(name, None)
-            with guarded("remove", self._folder / name):
-                (self._folder / name).unlink(missing_ok=True)
+            self._open.pop(name, None)
+            path = self._folder / name
+            with guarded("remove", path), suppress(FileNotFoundError):
+                if not self._is_shared(path):
+                    _overwrite(path, [Span(name, 0, path.stat().st_size)])
+                remove(path)
+                gone = True
+        if gone:
+            with guarded("remove files from", self._folder):
+                sync_folder(self._folder)
 
     def sizes(self) -> dict[str, int]:
         with guarded("list", self._folder):
@@ -230,7 +259,28 @@ class FileSegments:
                 return {}
 
     def close(self) -> None:
-        self._maps = {}
+        self._open = {}
+
+    @staticmethod
+    def _is_shared(path: Path) -> bool:
+        try:
+            return path.stat().st_nlink > 1
+        except FileNotFoundError:
+            return False
+
+    def _own(self, path: Path) -> None:
+        """Put a copy in the place of a file that another bank holds too."""
+        if not self._is_shared(path):
+            return
+        copy = path.with_name(_COPY)
+        with opened(path, os.O_RDONLY) as source, opened(copy, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as target:
+            offset = 0
+            while piece := os.pread(source, _PIECE_BYTES, offset):
+                write_at(target, piece, offset)
+                offset += len(piece)
+            sync(target)
+        move(copy, path)
+        self._open.pop(path.name, None)
 
 
 class MemorySegments:
@@ -243,7 +293,7 @@ class MemorySegments:
         self, blocks: Iterable[bytes], sizes: Mapping[str, int], *, fresh: bool = False
     ) -> list[Placed]:
         name = next_name(sizes) if fresh or not sizes else max(sizes, key=_number)
-        end = aligned(sizes.get(name, 0))
+        end = 0 if name not in sizes else aligned(sizes[name])
         placed: list[Placed] = []
         try:
             for block in blocks:
@@ -255,9 +305,9 @@ class MemorySegments:
             raise
         return placed
 
-    def view(self, span: Span) -> memoryview:
+    def read(self, span: Span) -> bytes:
         try:
-            return memoryview(self._blocks[span.segment, span.offset]).toreadonly()
+            return bytes(self._blocks[span.segment, span.offset])
         except KeyError:
             raise BlockError("it is not in memory") from None
 
@@ -283,6 +333,17 @@ class MemorySegments:
 
     def close(self) -> None:
         self._blocks = {}
+
+
+def _overwrite(path: Path, spans: Iterable[Span]) -> None:
+    """Zeros over spans of a file, as far as it reaches."""
+    with opened(path, os.O_RDWR) as descriptor:
+        size = os.fstat(descriptor).st_size
+        for _, offset, length in spans:
+            end = min(offset + length, size)
+            for start in range(offset, end, len(_ZEROS)):
+                write_at(descriptor, memoryview(_ZEROS)[: end - start], start)
+        sync(descriptor)
 
 
 def _number(name: str) -> int:

@@ -1,4 +1,4 @@
-"""Reads the states of passages, checks each block when it is first touched, and says whose are damaged.
+"""Reads the states of passages, checks every block it reads, and says whose are damaged.
 
 Knows blocks and segments; asks the catalog, through ``locate``, only when a block is not where a record
 says: its passage may be gone, or moved by ``Store.compact``.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 
-from msa_memory.errors import NotFoundError, StateDamagedError
+from msa_memory.errors import NotFoundError, StateDamagedError, StorageError
 from msa_memory.persistence.blocks import BlockError, check_stamp, unpack
 from msa_memory.persistence.records import BankIdentity, PassageRecord
 from msa_memory.persistence.segments import Segments, Span
@@ -29,41 +30,53 @@ class StateReader:
     ) -> None:
         self._segments = segments
         self._locate = locate
-        self._identity = identity
-        self._checked: set[tuple[str, int]] = set()
+        self.identity = identity
 
-    def read(self, record: PassageRecord, *, again: bool = False) -> dict[str, TensorBytes]:
-        """Tensors as views of the segment; ``again`` checks a block that was checked before.
+    def read(self, record: PassageRecord) -> dict[str, TensorBytes]:
+        """Tensors as views of one copy of the block, which is the caller's.
 
         NotFoundError if the passage is gone, StateDamagedError if its bytes are not what was written.
         """
-        if again:
-            self._checked.discard((record.segment, record.offset))
-        try:
-            return self._tensors(record)
-        except BlockError as error:
-            return self._tensors_anew(record, error)
+        return self._found(record)[1]
 
     def block(self, record: PassageRecord) -> bytes:
-        """A copy of the whole block, checked."""
-        self.read(record, again=True)
-        return bytes(self._segments.view(Span(record.segment, record.offset, record.length)))
+        """The whole block, checked; raises as ``read`` does."""
+        return self._found(record)[0]
 
-    def _tensors(self, record: PassageRecord) -> dict[str, TensorBytes]:
-        place = (record.segment, record.offset)
-        block = self._segments.view(Span(record.segment, record.offset, record.length))
-        if place in self._checked:
-            return unpack(block)[1]
+    def raw(self, record: PassageRecord) -> bytes:
+        """What there is of a block, damaged or not, filled up with zeros."""
+        with suppress(NotFoundError, StateDamagedError):
+            return self.block(record)
+        try:
+            return self._read(record)
+        except BlockError:
+            return bytes(record.length)
+
+    def _found(self, record: PassageRecord) -> tuple[bytes, dict[str, TensorBytes]]:
+        try:
+            return self._checked(record)
+        except BlockError as error:
+            return self._anew(record, error)
+
+    def _checked(self, record: PassageRecord) -> tuple[bytes, dict[str, TensorBytes]]:
+        if record.checksum < 0:
+            raise BlockError("its row in the catalog does not fit its stamp")
+        block = self._read(record)
         checksum = zlib.crc32(block)
         if checksum != record.checksum:
             raise BlockError(f"its CRC-32 is {checksum:08x}, expected {record.checksum:08x}")
-        stamp, tensors = unpack(block)
-        bank = self._identity()
+        bank = self.identity()
+        stamp, tensors = unpack(memoryview(block))
         check_stamp(stamp, bank_id=bank.bank_id, number=record.number, fingerprint=bank.fingerprint)
-        self._checked.add(place)
-        return tensors
+        return block, tensors
 
-    def _tensors_anew(self, record: PassageRecord, error: BlockError) -> dict[str, TensorBytes]:
+    def _read(self, record: PassageRecord) -> bytes:
+        try:
+            return self._segments.read(Span(record.segment, record.offset, record.length))
+        except (TypeError, ValueError, OverflowError, StorageError) as error:
+            raise BlockError(f"the catalog places it wrongly: {error}") from error
+
+    def _anew(self, record: PassageRecord, error: BlockError) -> tuple[bytes, dict[str, TensorBytes]]:
         current = self._locate(record.number)
         if current is None:
             raise NotFoundError(
@@ -71,11 +84,11 @@ class StateReader:
                 "load the changes since"
             ) from error
         try:
-            return self._tensors(current)
+            return self._checked(current)
         except BlockError as damage:
             raise StateDamagedError(
                 f"the states of document {current.document_id!r} in namespace {current.namespace!r}, passage "
                 f"{current.number}, are damaged: {damage} (block of {current.length} bytes at byte "
-                f"{current.offset} of {current.segment}); update the document with its own text to encode "
-                "it again"
+                f"{current.offset} of {current.segment}); run verify with repair, or update the document "
+                "with its own text, to encode it again"
             ) from damage

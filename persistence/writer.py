@@ -6,18 +6,21 @@ uncommitted tail of a segment to cut, removed bytes to overwrite. Knows no docum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 from sqlalchemy import Connection
 
 from msa_memory.errors import ConfigError, LockedError, MSAError, StorageError
+from msa_memory.persistence import passage_rows, segment_rows
 from msa_memory.persistence.blocks import pack
-from msa_memory.persistence.catalog import Catalog
+from msa_memory.persistence.commit_counter import Acknowledged
 from msa_memory.persistence.database import Scrubbed
+from msa_memory.persistence.ledger import Commit, fold
 from msa_memory.persistence.opening import OpenBank, check_commits
-from msa_memory.persistence.records import NewDocument, PassageRecord
+from msa_memory.persistence.records import NewDocument, NewPassage, PassageRecord, StagedStates
 from msa_memory.persistence.segments import Placed, next_name
+from msa_memory.persistence.spool import Spool
 
 __all__ = ["Sizes", "Writer"]
 
@@ -27,14 +30,14 @@ _COMPACT_BELOW = 0.75  # a segment is rewritten when less than this share of it 
 
 
 class Writer:
-    """Writes to one open bank. Everything but ``held`` is called inside ``with writer.held()``."""
+    """Writes to one open bank. Everything but ``held`` and ``locked`` is called inside one of them."""
 
-    def __init__(self, bank: OpenBank, catalog: Catalog) -> None:
+    def __init__(self, bank: OpenBank, spool: Spool) -> None:
         self._bank_id = bank.identity.bank_id
         self._identity = bank.identity
         self._database, self._segments = bank.database, bank.segments
         self._lock, self._counter = bank.lock, bank.counter
-        self._catalog = catalog
+        self._spool = spool
 
     @contextmanager
     def held(self) -> Iterator[Sizes]:
@@ -44,8 +47,8 @@ class Writer:
         """
         with self._lock.held():
             with self.checked_reading() as connection:
-                unfinished = self._catalog.has_erasures(connection)
-                sizes = self._catalog.segment_sizes(connection)
+                unfinished = segment_rows.has_pending(connection)
+                sizes = segment_rows.sizes(connection)
             if unfinished:
                 self.erase()
             self._segments.cut(sizes)
@@ -57,22 +60,29 @@ class Writer:
                 raise
 
     @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the writer lock on a bank in whatever state it is."""
+        with self._lock.held():
+            yield
+
+    @contextmanager
     def checked_reading(self) -> Iterator[Connection]:
         """A reading transaction on a catalog that holds every acknowledged commit."""
         acknowledged = None if self._counter is None else self._counter.read()
         with self._database.reading() as connection:
             if self._counter is not None:
-                check_commits(acknowledged, self._catalog.generation(connection), self._identity)
+                check_commits(acknowledged, connection, self._identity)
             yield connection
 
     @contextmanager
-    def commit(self) -> Iterator[tuple[Connection, int]]:
-        """One SQL transaction, then its acknowledgement; yields the new generation too."""
+    def commit(self) -> Iterator[Commit]:
+        """One SQL transaction with its link of the chain, then its acknowledgement."""
         with self._database.writing() as connection:
-            generation = self._catalog.advance(connection)
-            yield connection, generation
+            commit = Commit.begin(connection)
+            yield commit
+            commit.close()
         if self._counter is not None:
-            self._counter.write(self._bank_id, generation)
+            self._counter.write(Acknowledged(self._bank_id, commit.generation, commit.digest))
 
     def append(
         self, documents: Sequence[NewDocument], sizes: Sizes, fingerprint: str | None
@@ -86,51 +96,74 @@ class Writer:
             return {}
         if fingerprint is None:
             raise ConfigError("the bank has no model recorded yet; call bind_model before adding documents")
-        blocks = (
-            pack(passage.states, bank_id=self._bank_id, number=passage.number, fingerprint=fingerprint)
-            for passage in passages
-        )
+        blocks = (self._block(passage, fingerprint) for passage in passages)
         return dict(zip(numbers, self._segments.append(blocks, sizes), strict=True))
 
-    def erase(self) -> Scrubbed:
+    def append_blocks(self, blocks: Iterable[bytes], sizes: Sizes) -> list[Placed]:
+        """Append finished blocks."""
+        return self._segments.append(blocks, sizes)
+
+    def _block(self, passage: NewPassage, fingerprint: str) -> bytes:
+        if not isinstance(passage.states, StagedStates):
+            return pack(passage.states, bank_id=self._bank_id, number=passage.number, fingerprint=fingerprint)
+        if passage.states.number != passage.number:
+            raise ConfigError(
+                f"passage {passage.number} was given the staged states of passage {passage.states.number}"
+            )
+        return self._spool.read(passage.states)
+
+    def drop_staged(self, documents: Iterable[NewDocument]) -> None:
+        """Let go of staged states that are stored now."""
+        for document in documents:
+            for passage in document.passages:
+                if isinstance(passage.states, StagedStates):
+                    self._spool.drop(passage.states)
+
+    def erase(self, *, compacting: bool = False) -> Scrubbed:
         """Overwrite what removals left. What fails is not lost: the next write tries again."""
         try:
-            return self._erase()
+            return self._erase(compacting)
         except (StorageError, LockedError) as error:
-            return Scrubbed(done=False, left=(f"bytes of what was removed, until the next write: {error}",))
+            return Scrubbed((f"bytes of what was removed, until the next write: {error}",))
 
-    def _erase(self) -> Scrubbed:
+    def _erase(self, compacting: bool) -> Scrubbed:
         with self._database.reading() as connection:
-            pending = self._catalog.pending_erasures(connection)
-        if not pending:
-            return Scrubbed(done=True, left=())
-        self._segments.erase(span for _, span in pending if span is not None)
-        whole = any(span is None for _, span in pending)  # a replaced document keeps its text as a version
-        scrubbed = self._database.scrub() if whole else Scrubbed(done=True, left=())
-        if scrubbed.done:
+            pending = segment_rows.pending(connection, compacting=compacting)
+        if pending is not None:
+            self._segments.erase(pending.spans)
+        scrubbed = Scrubbed()
+        if compacting or (pending is not None and pending.rows):  # replaced text stays, as a version
+            scrubbed = self._database.scrub(compacting=compacting)
+        if pending is not None and (scrubbed.until_compact or not scrubbed.left):
             with self._database.writing() as connection:
-                self._catalog.finish_erasures(connection, pending[-1][0])
+                strike = segment_rows.put_off if scrubbed.until_compact else segment_rows.finish
+                strike(connection, pending)
         return scrubbed
 
     def rewrite_segments(self, sizes: Sizes, block: Callable[[PassageRecord], bytes]) -> None:
         """Move the blocks that are still alive out of sparse segments, and delete those."""
         with self._database.reading() as connection:
-            live = self._catalog.live_bytes(connection)
-            sparse = [name for name, size in sizes.items() if live.get(name, 0) < size * _COMPACT_BELOW]
-            records = self._catalog.records_in(connection, sparse)
-        if not sparse:
-            return
-        places = self._segments.append(map(block, records), sizes, fresh=True)
-        with self.commit() as (connection, _):
-            self._catalog.grow_segments(connection, sizes, places)
+            live = segment_rows.live_bytes(connection)
+            kept = segment_rows.with_reencoded(connection)
+            sparse = [
+                name
+                for name, size in sizes.items()
+                if name not in kept and live.get(name, 0) < size * _COMPACT_BELOW
+            ]
+            records = passage_rows.records_in(connection, sparse)
+        places = self._segments.append(map(block, records), sizes, fresh=True) if records else []
+        with self.commit() as commit:
+            segment_rows.grow(commit.connection, sizes, places)
             for record, place in zip(records, places, strict=True):
-                self._catalog.move(connection, record.number, place)
-            self._catalog.drop_segments(connection, sparse)
-            if not places:  # keep a newest segment, because names are never used twice
-                self._catalog.add_segment(connection, next_name(sizes))
+                segment_rows.move(commit.connection, record.number, place)
+            segment_rows.drop_segments(commit.connection, sparse)
+            if sparse and len(sparse) == len(sizes) and not places:  # names are never used twice
+                segment_rows.add_segment(commit.connection, next_name(sizes))
+            fold(commit)
+            commit.note("compact", None, count=len(sparse))
         self._segments.remove(sparse)
 
     def _cut(self) -> None:
         with self._database.reading() as connection:
-            sizes = self._catalog.segment_sizes(connection)
+            sizes = segment_rows.sizes(connection)
         self._segments.cut(sizes)

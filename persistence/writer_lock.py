@@ -19,6 +19,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from msa_memory.errors import LockedError, StorageError
+from msa_memory.persistence.database import first_line
 from msa_memory.persistence.disk import guarded, opened
 
 __all__ = ["AdvisoryLock", "FileLock", "ThreadLock", "WriterLock"]
@@ -104,7 +105,9 @@ class AdvisoryLock:
             try:
                 connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
             except SQLAlchemyError as error:
-                raise StorageError(f"cannot reach the catalog's server: {_first_line(error)}") from error
+                raise StorageError(
+                    f"cannot reach the catalog's server: {first_line(error, self._engine)}"
+                ) from error
             try:
                 attempt = text(f"SELECT pg_try_advisory_lock({self._KEY})")
                 _poll(lambda: bool(connection.scalar(attempt)), self._threads.timeout_s, self._owner)
@@ -136,7 +139,3 @@ def _poll(attempt: Callable[[], bool], timeout_s: float, owner: Callable[[], str
             )
         time.sleep(wait_s)
         wait_s = min(wait_s * 2, _POLL_S)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

@@ -25,12 +25,14 @@ HOSTILE = (
     "[bold]bold[/bold] [/nonsense] :smile: \u202eback\rover"
 )
 COMMANDS = [
-    "add", "ask", "forget", "list", "models", "models fetch", "models list", "search", "show", "stats",
-    "update", "verify",
+    "add", "ask", "compact", "export", "forget", "fork", "history", "import", "list", "mcp", "models",
+    "models fetch", "models list", "reencode", "restore", "search", "sessions", "show", "stats", "update",
+    "verify",
 ]  # fmt: skip
 READING = [
     ["ask", "who?"], ["search", "who"], ["list"], ["show", "x"], ["stats"], ["verify"],
-    ["update", "x", "text"], ["forget", "x", "--yes"], ["forget", "x", "--dry-run"],
+    ["update", "x", "text"], ["forget", "x", "--yes"], ["forget", "x", "--dry-run"], ["history", "x"],
+    ["restore", "x", "1"], ["sessions"], ["verify", "--repair"], ["compact"],
 ]  # fmt: skip
 
 
@@ -336,9 +338,56 @@ def test_stats_and_verify(people: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "documents    2\n" in people("stats").stdout
     assert document(people("verify", "--json")) == {"sound": True, "problems": []}
     assert "sound" in people("verify").stdout
-    monkeypatch.setattr(MemoryModel, "verify", lambda memory: ("block 3 of bob is damaged",))
+    monkeypatch.setattr(MemoryModel, "verify", lambda memory, repair=False: ("block 3 of bob is damaged",))
     assert document(people("verify", "--json", code=1))["problems"] == ["block 3 of bob is damaged"]
     assert people("verify", code=1).stdout == "block 3 of bob is damaged\n"
+
+
+def test_verify_repairs_what_follows_from_the_text(people: Run, tmp_path: Path) -> None:
+    [segment] = (tmp_path / "agent-memory" / "states").glob("*.seg")
+    data = bytearray(segment.read_bytes())
+    data[len(data) // 4] ^= 1
+    segment.write_bytes(data)
+    assert "bob" in people("verify", code=1).stdout
+    assert document(people("verify", "--repair", "--json"))["repaired"]
+    assert people("verify", "--repair").stdout == "the memory is sound\n"
+    assert people("search", "violins", "--json").stdout.count('"id": "bob"') == 1
+
+
+def test_history_restore_and_compact(people: Run) -> None:
+    people("update", "bob", "Bob moved to Bergen.")
+    assert [version["text"] for version in document(people("history", "bob", "--json"))] == [
+        "Bob lives in Oslo and repairs violins.",
+        "Bob moved to Bergen.",
+    ]
+    assert people("history", "bob").stdout.splitlines()[1].startswith("1 ")
+    assert people("restore", "bob", "1").stdout == "bob is now at version 3\n"
+    assert document(people("show", "bob", "--json"))["text"] == "Bob lives in Oslo and repairs violins."
+    assert "no version 9" in people("restore", "bob", "9", code=1).stderr
+    assert "no document" in people("history", "nobody", code=1).stderr
+    people("forget", "bob", "--yes")
+    assert people("compact").stdout.startswith("freed ")
+    assert document(people("compact", "--json")).keys() == {"bytes_freed"}
+
+
+def test_sessions_are_listed_shown_and_forgotten(people: Run, tmp_path: Path) -> None:
+    assert people("sessions").stderr == "no sessions\n"
+    with MemoryModel.open(tmp_path / "agent-memory") as memory:
+        memory.session("trip").append("system", "Be brief.")
+        memory.session("trip").append("user", HOSTILE, name="Bob")
+    assert people("sessions").stdout == "trip\n"
+    assert document(people("sessions", "--json")) == ["trip"]
+    shown = people("sessions", "trip").stdout
+    assert "user Bob" in shown
+    assert "\x1b" not in shown
+    messages = document(people("sessions", "trip", "--json"))
+    assert [(message["position"], message["role"]) for message in messages] == [(0, "system"), (1, "user")]
+    assert people("sessions", "nothing").stderr == "no messages\n"
+    assert "1 document and 2 messages" in people("forget", "--session", "trip", "--dry-run").stdout
+    assert "2 messages for good?" in people("forget", "--session", "trip", input="n\n", code=1).output
+    assert "1 document and 2 messages" in people("forget", "--session", "trip", "--yes").stdout
+    assert people("sessions").stdout == ""
+    assert "no session" in people("forget", "--session", "trip", "--yes", code=1).stderr
 
 
 def test_namespaces_are_apart(people: Run) -> None:

@@ -29,15 +29,13 @@ from msa_memory.engine.train.adapter import AdapterTraining, train_adapter
 from msa_memory.engine.train.branches import BranchedRow
 from msa_memory.engine.train.chat import own_answers, plain_prompts
 from msa_memory.engine.train.data import Passage, Question, read_passages, read_questions
+from msa_memory.engine.train.exercises import Exercises, held_out, read_unanswerable
 from msa_memory.engine.train.hidden import HiddenStates, cache_documents, cache_questions
 from msa_memory.engine.train.mixture import (
     HELD_OUT_INJECTIONS,
     Chat,
-    Exercises,
     Mixture,
     MixtureOptions,
-    held_out,
-    read_unanswerable,
 )
 from msa_memory.engine.train.router import (
     RouterHeads,

@@ -17,34 +17,27 @@ from __future__ import annotations
 
 import random
 import re
-import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import lru_cache
-from pathlib import Path
 
-from msa_memory.engine.layout import PromptLayout, document_header
-from msa_memory.engine.train.bm25 import BM25, words
+from msa_memory.engine.layout import document_header
+from msa_memory.engine.train.bm25 import words
 from msa_memory.engine.train.branches import Branch, BranchedRow
 from msa_memory.engine.train.conflicts import conflict
-from msa_memory.engine.train.data import Passage, Question, read_rows
-from msa_memory.errors import ConfigError
+from msa_memory.engine.train.exercises import Asked, Exercises, places
 
 __all__ = [
+    "Chat",
     "HELD_OUT_INJECTIONS",
     "INJECTIONS",
-    "REFUSAL",
-    "Chat",
-    "Exercises",
     "Mixture",
     "MixtureOptions",
-    "Unanswerable",
+    "REFUSAL",
     "evidence_entry",
-    "held_out",
     "inject",
-    "read_unanswerable",
 ]
 
 REFUSAL = "I don't know."
@@ -81,18 +74,6 @@ PAYLOADS = (
 # of branches come out as .43 text, .07 both, .23 memory, .13 absent, .05 injected, .04 conflict, .04 chat.
 ROW_WEIGHTS = {"text": 0.53, "both": 0.11, "memory": 0.20, "conflict": 0.10, "chat": 0.12}
 PASSAGES = ((1, 0.22), (2, 0.30), (3, 0.30), (4, 0.18))
-SOURCES = {
-    "squad1.1": 4.0,
-    "nq-open": 2.5,
-    "2wiki-train": 3.0,
-    "qed": 1.5,
-    "fairytaleqa": 0.6,
-    "pubmedqa": 0.5,
-}
-"""How often a source's passages are drawn; 1 where it is not named."""
-RANKED = 24
-WHOLE_TOKENS = (220, 420)
-"""Passages are read whole where the answer is not one spot: at most so long, one passage and several."""
 FIRST_DAY, DAYS = date(2015, 1, 1), 4400
 
 
@@ -118,129 +99,11 @@ class MixtureOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Unanswerable:
-    """A question whose answer is not in the passage it was written for."""
-
-    text: str
-    passage: str
-
-
-@dataclass(frozen=True, slots=True)
 class Chat:
     """A plain prompt and its answer, as token ids; the answer ends with the end-of-turn token, or is cut."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
-
-
-def read_unanswerable(paths: Sequence[Path], split: str = "train") -> list[Unanswerable]:
-    """Questions of the files that are marked as belonging to ``split``, or not marked at all.
-
-    Raises:
-        ConfigError: a file is not readable, or a line lacks ``question`` or ``distractor_passage_id``.
-    """
-    found = []
-    for path in paths:
-        for where, row in read_rows(path):
-            if row.get("split", split) != split:
-                continue
-            if not row.get("question") or not row.get("distractor_passage_id"):
-                raise ConfigError(f"{where} needs a 'question' and a 'distractor_passage_id'")
-            found.append(Unanswerable(str(row["question"]), str(row["distractor_passage_id"])))
-    return found
-
-
-def held_out(passage: Passage, *, one_in: int = 16) -> bool:
-    """Whether a training passage is kept for evaluation: whole articles, by their title."""
-    return zlib.crc32((passage.title or passage.id).encode()) % one_in == 0
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A usable question: passages that hold the answer (numbers) and the answer as they spell it."""
-
-    text: str
-    gold: tuple[int, ...]
-    answers: tuple[str, ...]
-    extractive: bool
-
-
-@dataclass(slots=True)
-class Exercises:
-    """Passages, their questions and the search for distractors.
-
-    Args:
-        passages, questions: of one side of the held-out split; questions about other passages are left out.
-        answer_tokens: longer answers are left out.
-    """
-
-    passages: list[Passage]
-    questions: list[Question]
-    unanswerable: list[Unanswerable]
-    prompt: PromptLayout
-    answer_tokens: int = 24
-    asked: list[Asked] = field(init=False)
-    by_passage: list[list[int]] = field(init=False)
-    trick: list[list[str]] = field(init=False)
-    drawn: list[tuple[int, float]] = field(init=False)
-    """Passages that can be drawn and how often, by their questions' source."""
-    _search: BM25 = field(init=False)
-    _offsets: dict[int, list[tuple[int, int]]] = field(init=False, default_factory=dict)
-    _ranked: dict[int, list[int]] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        number = {passage.id: n for n, passage in enumerate(self.passages)}
-        self._search = BM25([f"{passage.title or ''} {passage.text}" for passage in self.passages])
-        self.asked, sources = [], []
-        for question in self.questions:
-            if set(question.gold) <= number.keys():
-                gold = tuple(number[id] for id in question.gold)
-                if (usable := self._usable(question, gold)) is not None:
-                    self.asked.append(usable)
-                    sources.append(question.source)
-        self.by_passage = [[] for _ in self.passages]
-        self.trick = [[] for _ in self.passages]
-        weights: dict[int, float] = {}
-        for index, (asked, source) in enumerate(zip(self.asked, sources, strict=True)):
-            self.by_passage[asked.gold[0]].append(index)
-            weights[asked.gold[0]] = SOURCES.get(source, 1.0)
-        self.drawn = sorted(weights.items())
-        for trick in self.unanswerable:
-            if trick.passage in number:
-                self.trick[number[trick.passage]].append(trick.text)
-        if not self.drawn:
-            raise ConfigError(
-                f"none of {len(self.questions)} questions has a passage among the {len(self.passages)} and "
-                f"an answer of at most {self.answer_tokens} tokens; training needs some"
-            )
-
-    def _usable(self, question: Question, gold: tuple[int, ...]) -> Asked | None:
-        """The question with its short answers, those the passages spell out first; None without any."""
-        fitting = [
-            answer.strip()
-            for answer in question.answers
-            if answer.strip() and len(self.prompt.tokenizer.encode(answer)) <= self.answer_tokens
-        ]
-        spelt = [a for a in fitting if any(_places(self.passages[n].text, a) for n in gold)]
-        if spelt and len(gold) == 1:
-            return Asked(question.text, gold, tuple(spelt), True)
-        if not fitting or sum(len(self.offsets(n)) for n in gold) > WHOLE_TOKENS[len(gold) > 1]:
-            return None
-        return Asked(question.text, gold, tuple(spelt or fitting), False)
-
-    def offsets(self, number: int) -> list[tuple[int, int]]:
-        """Characters of a passage's tokens."""
-        if number not in self._offsets:
-            self._offsets[number] = self.prompt.tokenizer.encode_with_offsets(self.passages[number].text)[1]
-        return self._offsets[number]
-
-    def similar(self, index: int) -> list[int]:
-        """Passages that a word search finds for a question, its own left out, best first."""
-        if index not in self._ranked:
-            asked = self.asked[index]
-            found = self._search.best(asked.text, RANKED + len(asked.gold))
-            self._ranked[index] = [number for number in found if number not in asked.gold]
-        return self._ranked[index]
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,8 +182,6 @@ class Mixture:
         rng.shuffle(order)
         return order
 
-    # ------------------------------------------------------------------ rows with text
-
     def _text(self, anchor: int, rng: random.Random, *, both: bool) -> BranchedRow:
         options = self.options
         asked = self.exercises.asked[anchor]
@@ -362,7 +223,7 @@ class Mixture:
         ]
 
     def _answers(self, number: int, asked: Asked) -> bool:
-        return any(_places(self.exercises.passages[number].text, answer) for answer in asked.answers)
+        return any(places(self.exercises.passages[number].text, answer) for answer in asked.answers)
 
     def _days(self, count: int, rng: random.Random) -> list[date]:
         """Dates of a row's passages, oldest first; often all were remembered on one day."""
@@ -438,8 +299,6 @@ class Mixture:
             refused.append((rng.choice(tricks), REFUSAL, "absent"))
         return refused
 
-    # ------------------------------------------------------------------ rows with memory, chat
-
     def _memory(self, anchor: int, rng: random.Random) -> BranchedRow:
         windows = self._windows(anchor, rng, most=3, with_gold=True)
         branches = self._answerable(windows, anchor, rng, "memory")
@@ -495,21 +354,15 @@ def _common(runs: Sequence[Sequence[int]]) -> list[int]:
     return list(first[:size])
 
 
-def _places(text: str, answer: str) -> list[tuple[int, int]]:
-    """Where an answer stands in a text as whole words, in any case."""
-    pattern = rf"(?<!\w){re.escape(answer)}(?!\w)"
-    return [match.span() for match in re.finditer(pattern, text, re.IGNORECASE)]
-
-
 def _best_place(text: str, asked: Asked) -> tuple[int, int] | None:
     """The occurrence of the answer whose surroundings share most words with the question."""
     wanted = set(words(asked.text))
-    places = [place for answer in asked.answers for place in _places(text, answer)]
+    found = [place for answer in asked.answers for place in places(text, answer)]
 
     def overlap(place: tuple[int, int]) -> int:
         return len(wanted & set(words(text[max(0, place[0] - 200) : place[1] + 200])))
 
-    return max(places, key=overlap, default=None)
+    return max(found, key=overlap, default=None)
 
 
 def _answer(texts: Sequence[str], asked: Asked, *, strict: bool) -> str | None:
@@ -524,6 +377,6 @@ def _answer(texts: Sequence[str], asked: Asked, *, strict: bool) -> str | None:
             return None
     for answer in asked.answers:
         for text in texts:
-            if places := _places(text, answer):
-                return text[slice(*places[0])]
+            if found := places(text, answer):
+                return text[slice(*found[0])]
     return None if asked.extractive or strict else asked.answers[0]

@@ -14,9 +14,12 @@ import typer
 
 from msa_memory.cli.asking import ask, search
 from msa_memory.cli.call import Command, add_command, add_global_options
+from msa_memory.cli.mcp import serve
 from msa_memory.cli.models import fetch_model, list_models
-from msa_memory.cli.reading import list_documents, show, stats, verify
-from msa_memory.cli.writing import add, forget, update
+from msa_memory.cli.moving import export, fork, import_file, reencode
+from msa_memory.cli.reading import history, list_documents, sessions, show, stats
+from msa_memory.cli.upkeep import compact, verify
+from msa_memory.cli.writing import add, forget, restore, update
 
 __all__ = ["app", "main"]
 
@@ -27,9 +30,18 @@ _COMMANDS: dict[str, Command] = {
     "list": list_documents,
     "show": show,
     "update": update,
+    "history": history,
+    "restore": restore,
+    "sessions": sessions,
     "forget": forget,
     "stats": stats,
     "verify": verify,
+    "compact": compact,
+    "export": export,
+    "import": import_file,
+    "fork": fork,
+    "reencode": reencode,
+    "mcp": serve,
 }
 
 app = typer.Typer(

@@ -1,4 +1,4 @@
-"""Commands that show what a memory holds: ``list``, ``show``, ``stats``, ``verify``."""
+"""Commands that show what a memory holds: ``list``, ``show``, ``history``, ``sessions``, ``stats``."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import typer
 from msa_memory.cli.call import Call
 from msa_memory.cli.options import Where
 from msa_memory.cli.output import Output, one_line, readable_size
-from msa_memory.types import Document, DocumentVersion, Stats
+from msa_memory.types import Document, DocumentVersion, Message, Stats
 
-__all__ = ["list_documents", "show", "stats", "verify"]
+__all__ = ["history", "list_documents", "sessions", "show", "stats"]
 
 EXCERPT_CHARS = 200
 
@@ -62,6 +62,35 @@ def show(
         _print_history(call.out, versions)
 
 
+def history(call: Call, id: Annotated[str, typer.Argument(help="The document's id.")]) -> None:
+    """List a document's versions, oldest first; restore brings one back."""
+    with call.open() as memory:
+        versions = memory.history(id)
+    if call.out.json:
+        call.out.document([version.model_dump(mode="json") for version in versions])
+    else:
+        _print_history(call.out, versions)
+
+
+def sessions(
+    call: Call,
+    id: Annotated[str | None, typer.Argument(help="A session, to print its messages.")] = None,
+) -> None:
+    """List the sessions, oldest first, or print one's messages."""
+    with call.open() as memory:
+        names = memory.sessions() if id is None else []
+        messages = memory.session(id).messages() if id is not None else []
+    if call.out.json:
+        call.out.document(names if id is None else [message.model_dump(mode="json") for message in messages])
+        return
+    for name in names:
+        call.out.line(one_line(name))
+    if messages:
+        _print_messages(call.out, messages)
+    if not names and not messages:
+        call.out.note("no sessions" if id is None else "no messages")
+
+
 def stats(call: Call) -> None:
     """Show the memory's sizes and its model."""
     with call.open() as memory:
@@ -70,19 +99,6 @@ def stats(call: Call) -> None:
         call.out.document(sizes.model_dump(mode="json"))
     else:
         call.out.fields([("memory", str(call.folder)), *_stats_fields(sizes)])
-
-
-def verify(call: Call) -> None:
-    """Check every stored byte; exit code 1 if anything is damaged."""
-    with call.open() as memory, call.out.busy("Checking"):
-        problems = memory.verify()
-    if call.out.json:
-        call.out.document({"sound": not problems, "problems": list(problems)})
-    else:
-        for line in problems or ("the memory is sound",):
-            call.out.line(one_line(line))
-    if problems:
-        raise typer.Exit(1)
 
 
 def _summary(document: Document) -> str:
@@ -133,3 +149,16 @@ def _print_history(out: Output, versions: Sequence[DocumentVersion]) -> None:
         for version in versions
     ]
     out.table(["version", "since", "", "text"], rows)
+
+
+def _print_messages(out: Output, messages: Sequence[Message]) -> None:
+    rows = [
+        (
+            str(message.position),
+            message.timestamp.isoformat(timespec="seconds"),
+            message.role if message.name is None else f"{message.role} {message.name}",
+            one_line(message.content, EXCERPT_CHARS),
+        )
+        for message in messages
+    ]
+    out.table(["", "time", "who", "text"], rows)

@@ -1,4 +1,4 @@
-"""Commands that change a memory: ``add``, ``update``, ``forget``."""
+"""Commands that change a memory: ``add``, ``update``, ``restore``, ``forget``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import typer
 from msa_memory.cli.call import Call
 from msa_memory.cli.files import FileReader, Skipped
 from msa_memory.cli.options import Files, Meta, Where, read_metadata, read_stdin
-from msa_memory.cli.output import Output, readable_size
+from msa_memory.cli.output import Output, one_line, readable_size
 from msa_memory.errors import InvalidDocumentError
 from msa_memory.types import Document, ForgetReceipt
 
-__all__ = ["add", "forget", "update"]
+__all__ = ["add", "forget", "restore", "update"]
 
 MOST_SHOWN = 20
 STDIN = "-"
@@ -87,23 +87,41 @@ def update(
     if call.out.json:
         call.out.document(_without_text(document))
     else:
-        call.out.line(f"{document.id} is now at version {document.version}")
+        call.out.line(f"{one_line(document.id)} is now at version {document.version}")
+
+
+def restore(
+    call: Call,
+    id: Annotated[str, typer.Argument(help="The document's id.")],
+    version: Annotated[int, typer.Argument(help="Which version; history lists them.")],
+) -> None:
+    """Bring an earlier version of a document back, as its newest."""
+    with call.open_for_changes() as memory, call.out.busy("Remembering"):
+        document = memory.restore(id, version)
+    if call.out.json:
+        call.out.document(_without_text(document))
+    else:
+        call.out.line(f"{one_line(document.id)} is now at version {document.version}")
 
 
 def forget(
     call: Call,
     ids: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Which documents.")] = None,
     where: Where = None,
+    session: Annotated[
+        str | None, typer.Option(metavar="ID", help="A session, with all its messages.")
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
 ) -> None:
-    """Erase documents, by id or by filter: text, versions and states. Shows which, and asks before."""
+    """Erase documents, by id, filter or session: text, versions and states. Shows which, and asks before."""
     with call.open() if dry_run else call.open_for_changes() as memory:
-        receipt = memory.forget(ids or None, where=where, dry_run=True)
-        if not dry_run and receipt.ids:
+        receipt = memory.forget(ids or None, where=where, session=session, dry_run=True)
+        if not dry_run and (receipt.ids or session is not None):
             if not yes:
                 _confirm(call.out, receipt)
-            receipt = memory.forget(receipt.ids)  # what was shown, no more
+            shown = receipt.ids if session is None else None  # what was shown, no more
+            receipt = memory.forget(shown, session=session)
     if call.out.json:
         call.out.document(receipt.model_dump(mode="json"))
     else:
@@ -152,7 +170,7 @@ def _print_added(out: Output, documents: Sequence[Document], skipped: Sequence[S
         )
         return
     for document in documents:
-        out.line(document.id)
+        out.line(document.id if document.id.isprintable() else one_line(document.id))
     passages = sum(document.passages for document in documents)
     out.note(f"remembered {_count(len(documents), 'document')} in {_count(passages, 'passage')}")
 
@@ -166,22 +184,28 @@ def _confirm(out: Output, receipt: ForgetReceipt) -> None:
         out.note(f"  {id}")
     if len(receipt.ids) > MOST_SHOWN:
         out.note(f"  and {len(receipt.ids) - MOST_SHOWN} more")
-    if not out.confirm(f"Forget {_count(len(receipt.ids), 'document')} for good?"):
+    if not out.confirm(f"Forget {_what(receipt)} for good?"):
         out.note("nothing was forgotten")
         raise typer.Exit(1)
 
 
 def _described(receipt: ForgetReceipt) -> str:
-    if not receipt.ids:
+    if not any(receipt.counts.values()):
         return "nothing matches"
     verb = "would forget" if receipt.dry_run else "forgot"
     size = f"{_count(receipt.counts['passages'], 'passage')}, {readable_size(receipt.bytes_erased)} of states"
-    lines = [f"{verb} {_count(len(receipt.ids), 'document')} ({size})"]
+    lines = [f"{verb} {_what(receipt)} ({size})"]
     shown = receipt.ids[:MOST_SHOWN] if receipt.dry_run else ()
     lines += [f"  {id}" for id in shown]
     lines += [f"  and {len(receipt.ids) - len(shown)} more"] if 0 < len(shown) < len(receipt.ids) else []
     lines += [f"beyond reach: {place}" for place in receipt.beyond_reach]
     return "\n".join(lines)
+
+
+def _what(receipt: ForgetReceipt) -> str:
+    documents = _count(len(receipt.ids), "document")
+    messages = receipt.counts.get("messages", 0)
+    return f"{documents} and {_count(messages, 'message')}" if messages else documents
 
 
 def _count(number: int, noun: str) -> str:

@@ -37,19 +37,16 @@ from msa_memory.engine.train.bm25 import BM25
 from msa_memory.engine.train.branches import Branch, BranchedRow, answer_losses, forward_branches
 from msa_memory.engine.train.chat import own_answers, plain_prompts
 from msa_memory.engine.train.data import Passage, Question
+from msa_memory.engine.train.exercises import Exercises, Unanswerable, held_out, read_unanswerable
 from msa_memory.engine.train.mixture import (
     HELD_OUT_INJECTIONS,
     INJECTIONS,
     REFUSAL,
     Chat,
-    Exercises,
     Mixture,
     MixtureOptions,
-    Unanswerable,
     evidence_entry,
-    held_out,
     inject,
-    read_unanswerable,
 )
 from msa_memory.errors import CheckpointError, ConfigError, EngineError
 from msa_memory.persistence import PassageText

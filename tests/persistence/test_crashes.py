@@ -1,11 +1,8 @@
 """Interrupted writes: kills, full disks and failures at every step leave the bank as before or after."""
 
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,36 +23,6 @@ def contents(store: Store) -> dict[str, tuple[int, str]]:
 
 def snapshot(store: Store) -> tuple[object, ...]:
     return contents(store), store.changes(0), store.stats("default").state_bytes
-
-
-@pytest.mark.parametrize("round", range(4))
-def test_kill_loses_nothing_acknowledged(folder, round):
-    """SIGKILL at a random moment of adds, replacements and forgets."""
-    worker = subprocess.Popen(
-        [sys.executable, str(WORKER), str(folder), f"r{round}", "0", "mix"], stdout=subprocess.PIPE
-    )
-    assert worker.stdout.readline() == b"ready\n"
-    time.sleep(random.Random(round).uniform(0.05, 0.7))
-    worker.send_signal(signal.SIGKILL)
-    lines = [line.split() for line in worker.communicate()[0].decode().splitlines()]
-    with Store.open(folder) as store:
-        assert store.verify() == ()
-        found = contents(store)
-        acknowledged = {word: {id for verb, id in lines if verb == word} for word in
-                        ("added", "replacing", "replaced", "forgetting", "forgotten")}  # fmt: skip
-        assert acknowledged["added"] - acknowledged["forgetting"] <= found.keys()
-        assert not acknowledged["forgotten"] & found.keys()
-        assert len(found.keys() - acknowledged["added"]) <= 1
-        for id, (version, text) in found.items():
-            assert text == ("new " if version == 2 else "") + f"text of {id} " * 20
-            assert version == 2 or id not in acknowledged["replaced"]
-            assert version == 1 or id in acknowledged["replacing"]
-        for record in store.changes(0).added:
-            assert store.states(record)
-        store.bind_model(model="tiny", fingerprint="f" * 64, info={})
-        store.compact()
-        assert contents(store) == found
-        assert store.verify() == ()
 
 
 class Failing:

@@ -275,10 +275,34 @@ def test_expired_documents_leave_lists_and_masks(any_store, new):
     assert len(any_store.visible("default")) == 2
     assert len(any_store.visible("default", now=past - timedelta(days=1))) == 3
     assert len(any_store.visible("default", now=future)) == 1
-    with pytest.raises(ConflictError):
-        any_store.add([new(any_store, "old")])
-    any_store.compact()
     assert any_store.exists("default", ["old", "young", "plain"]) == {"young", "plain"}
+    for read in (any_store.get, any_store.history, lambda *name: any_store.restore_version(*name, 1)):
+        with pytest.raises(NotFoundError, match=r"'old'.*expired at"):
+            read("default", "old")
+    with pytest.raises(NotFoundError, match="expired"):
+        any_store.replace(new(any_store, "old"))
+    any_store.compact()
+    with pytest.raises(NotFoundError, match="no document 'old'"):
+        any_store.get("default", "old")
+    assert any_store.forget("default", where={"$id": "old"}).ids == ()
+    assert_bank_is_sound(any_store)
+
+
+def test_the_id_of_an_expired_document_is_free(any_store, new):
+    past = datetime.now(UTC) - timedelta(days=1)
+    any_store.add([new(any_store, f"d{i}", "was here", expires_at=past) for i in range(3)])
+    numbers = {record.number for record in any_store.changes(0).added}
+    generation = any_store.generation()
+    [fresh] = any_store.add([new(any_store, "d0", "is here")])
+    assert (fresh.version, fresh.text) == (1, "is here")
+    assert any_store.history("default", "d0")[0].text == "is here"
+    assert min(numbers) in any_store.changes(generation).removed
+    [skipped] = any_store.add([new(any_store, "d1", "is here")], on_conflict="skip")
+    assert (skipped.version, skipped.text) == (1, "is here")
+    [replaced] = any_store.add([new(any_store, "d2", "is here")], on_conflict="replace")
+    assert [version.text for version in any_store.history("default", "d2")] == ["was here", "is here"]
+    assert replaced.version == 2
+    assert any_store.visible("default").tolist() == [r.number for r in any_store.changes(0).added]
     assert_bank_is_sound(any_store)
 
 
@@ -310,5 +334,5 @@ def test_many_numbers_and_ids_in_one_call(store, new):
     assert len(store.passages(numbers.tolist())) == 1200
     assert len(store.exists("default", [f"d{i}" for i in range(40_000)])) == 1200
     receipt = store.forget("default", ids=[f"d{i}" for i in range(1100)])
-    assert receipt.counts == {"documents": 1100, "versions": 0, "passages": 1100}
+    assert receipt.counts == {"documents": 1100, "versions": 0, "passages": 1100, "messages": 0}
     assert store.count("default") == 100

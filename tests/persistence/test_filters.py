@@ -317,3 +317,15 @@ def test_nesting_has_a_limit(bank, name):
 def test_the_largest_filter_allowed_still_runs(bank):
     wide = {f"k{i}": {"$nin": ["x"] * 16} for i in range(256)}
     assert found(bank, [{"a": 1}], wide, {"$or": [{f"k{i}": i} for i in range(256)]}) == [[0], []]
+
+
+def test_numbers_of_any_length(any_store, new):
+    """As long as JSON holds them they compare exactly; longer ones are refused by name, never leaked."""
+    huge = 10**400
+    any_store.add([new(any_store, "huge", metadata={"n": huge}), new(any_store, "one", metadata={"n": 1})])
+    assert [document.id for document in any_store.list("default", {"n": huge})] == ["huge"]
+    assert [document.id for document in any_store.list("default", {"n": {"$lt": huge}})] == ["one"]
+    assert len(any_store.visible("default", {"n": {"$gt": huge - 1}})) == 1
+    for where in ({"n": 10**5000}, {"n": {"$in": [-(10**5000)]}}, {10**5000: 1}, {"n": {10**5000: 1}}):
+        with pytest.raises(InvalidFilterError):
+            any_store.count("default", where)

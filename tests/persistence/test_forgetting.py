@@ -46,10 +46,14 @@ def test_receipt_counts_what_went(any_store, new):
     assert (plan.dry_run, plan.masked_at, plan.erased_at) == (True, None, None)
     assert any_store.generation() == generation
     receipt = any_store.forget("default", ids=["a", "a"])
-    assert (receipt.ids, receipt.counts) == (("a",), {"documents": 1, "versions": 1, "passages": 2})
+    counts = {"documents": 1, "versions": 1, "passages": 2, "messages": 0}
+    assert (receipt.ids, receipt.counts) == (("a",), counts)
     assert (plan.ids, plan.counts, plan.bytes_erased) == (receipt.ids, receipt.counts, receipt.bytes_erased)
     assert receipt.bytes_erased > 0
-    assert receipt.masked_at <= receipt.erased_at
+    if any_store._database.is_sqlite:
+        assert receipt.masked_at <= receipt.erased_at
+    else:
+        assert (receipt.erased_at, "VACUUM FULL" in receipt.beyond_reach[0]) == (None, True)
     assert not receipt.dry_run
     assert any_store.count("default") == 1
     assert any_store.verify() == ()
@@ -100,7 +104,7 @@ def test_no_byte_of_a_forgotten_document_remains(folder, store, new, states_of):
     assert all(files_with(folder, pattern) for pattern in patterns)
     receipt = store.forget("default", ids=["SECRET-ID"])
     assert receipt.erased_at is not None
-    assert receipt.beyond_reach == ()
+    assert [place.partition(":")[0] for place in receipt.beyond_reach] == ["copies made before"]
     assert files_with(folder, b"SECRET") == []
     assert [pattern for pattern in patterns if files_with(folder, pattern)] == []
     assert store.count("default") == 300

@@ -243,8 +243,9 @@ def test_a_newer_schema_is_refused(folder):
 
 def test_an_older_schema_is_not_migrated_read_only(folder, monkeypatch):
     Store.open(folder).close()
-    monkeypatch.setattr("msa_memory.persistence.opening.REVISIONS", ("0001", "0002"))
-    with pytest.raises(StorageError, match=r"0001.*0002.*read_only"):
+    newer = (*database.REVISIONS, "later")
+    monkeypatch.setattr("msa_memory.persistence.opening.REVISIONS", newer)
+    with pytest.raises(StorageError, match=rf"{database.REVISIONS[-1]}.*later.*read_only"):
         Store.open(folder, read_only=True)
 
 

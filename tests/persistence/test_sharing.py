@@ -37,19 +37,15 @@ def test_another_store_sees_changes_as_a_delta(store, new, again):
 def test_processes_add_concurrently(folder, store):
     workers = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder), f"p{i}", "25", "mix"], stdout=subprocess.PIPE
+            [sys.executable, str(WORKER), "mix", str(folder), f"p{i}", "25"], stdout=subprocess.PIPE
         )
         for i in range(2)
     ]
     outputs = [worker.communicate(timeout=120)[0].decode() for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0]
-    added = {
-        line.split()[1] for output in outputs for line in output.splitlines() if line.startswith("added")
-    }
-    gone = {
-        line.split()[1] for output in outputs for line in output.splitlines() if line.startswith("forgotten")
-    }
-    assert (len(added), len(gone)) == (50, 16)
+    lines = [line.split() for output in outputs for line in output.splitlines()]
+    added, gone = ({line[1] for line in lines if line[0] == verb} for verb in ("add", "forget"))
+    assert (len(added), len(gone)) == (50, 12)
     assert {document.id for document in store.list("default", limit=1000)} == added - gone
     assert store.verify() == ()
 

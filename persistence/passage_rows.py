@@ -1,0 +1,131 @@
+"""What is read of passages: where their states lie, what changed, and their text as evidence.
+
+A function takes the connection of its transaction. What becomes evidence is checked against its stamp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Row, Select, select
+
+from msa_memory.errors import CatalogDamagedError
+from msa_memory.persistence import bank_rows, document_rows
+from msa_memory.persistence.records import Changes, PassageRecord, PassageText
+from msa_memory.persistence.stamps import fits
+from msa_memory.persistence.statements import chunks
+from msa_memory.persistence.tables import documents, passages, tombstones
+from msa_memory.types import Document
+
+__all__ = ["PASSAGE", "changes", "is_sound", "record", "records", "records_in", "texts"]
+
+PASSAGE = (
+    "number",
+    "document",
+    "namespace",
+    "ordinal",
+    "start",
+    "end",
+    "tokens",
+    "header",
+    "length",
+    "checksum",
+    "added",
+)
+"""The columns of a passage that its stamp covers, in the stamp's order."""
+
+_RECORDS: Select[Any] = select(*passages.c, documents.c.id).join_from(
+    passages, documents, passages.c.document == documents.c.key
+)
+_NO_CHECKSUM = -1
+
+
+def changes(connection: Connection, since: int) -> Changes:
+    """What happened after generation ``since``; 0 for everything there is."""
+    generation = bank_rows.generation(connection)
+    if generation < since:
+        raise CatalogDamagedError(
+            f"the catalog is at generation {generation}, but generation {since} was seen before: commits "
+            "are lost or an older copy was put in place; open the memory anew on a good copy"
+        )
+    query = _RECORDS.order_by(passages.c.number)
+    rows = connection.execute(query.where(passages.c.added > since) if since else query)
+    added = tuple(map(_record, rows))
+    gone = select(tombstones.c.number).where(tombstones.c.removed > since).order_by(tombstones.c.number)
+    return Changes(generation, added, tuple(connection.scalars(gone)) if since else ())
+
+
+def records(connection: Connection, after: int, limit: int) -> list[PassageRecord]:
+    """Passages by number, from the first above ``after``."""
+    query = _RECORDS.where(passages.c.number > after).order_by(passages.c.number).limit(limit)
+    return list(map(_record, connection.execute(query)))
+
+
+def record(connection: Connection, number: int) -> PassageRecord | None:
+    """One passage, None if there is none of that number."""
+    row = connection.execute(_RECORDS.where(passages.c.number == number)).one_or_none()
+    return None if row is None else _record(row)
+
+
+def records_in(connection: Connection, names: Sequence[str]) -> list[PassageRecord]:
+    """Passages whose states lie in these segments, in the order of their bytes."""
+    query = _RECORDS.where(passages.c.segment.in_(names)).order_by(passages.c.segment, passages.c.offset)
+    return list(map(_record, connection.execute(query)))
+
+
+def texts(connection: Connection, numbers: Iterable[int]) -> dict[int, PassageText]:
+    """Those of the passages that exist, with their documents' text."""
+    found: dict[int, PassageText] = {}
+    loaded: dict[int, Document] = {}
+    for chunk in chunks(numbers):
+        rows = connection.execute(select(passages).where(passages.c.number.in_(chunk))).all()
+        missing = {row.document for row in rows} - loaded.keys()
+        loaded.update(document_rows.find(connection, missing))
+        for row in rows:
+            if (document := loaded.get(row.document)) is not None:
+                found[row.number] = _text(row, document)
+    return found
+
+
+def is_sound(row: Row[Any]) -> bool:
+    """Whether a row of ``passages`` fits its stamp."""
+    return fits(row.hash, "passage", *(getattr(row, name) for name in PASSAGE))
+
+
+def _record(row: Row[Any], document_id: str | None = None) -> PassageRecord:
+    """Where a passage's states lie. A row that is damaged gets a checksum that no block has."""
+    return PassageRecord(
+        row.number,
+        row.namespace,
+        row.id if document_id is None else document_id,
+        row.ordinal,
+        row.start,
+        row.end,
+        row.tokens,
+        row.segment,
+        row.offset,
+        row.length,
+        row.checksum if is_sound(row) else _NO_CHECKSUM,
+    )
+
+
+def _text(row: Row[Any], document: Document) -> PassageText:
+    if not is_sound(row) or row.namespace != document.namespace:
+        raise CatalogDamagedError(
+            f"passage {row.number} of document {document.id!r} in namespace {document.namespace!r} is "
+            "damaged in the catalog; update the document with its own text to make its passages anew"
+        )
+    record = _record(row, document.id)
+    return PassageText(
+        record=record,
+        text=document.text[record.start : record.end],
+        header=row.header,
+        document_text=document.text,
+        metadata=document.metadata,
+        timestamp=document.timestamp,
+        version=document.version,
+        expires_at=document.expires_at,
+        source=document.source,
+        trust=document.trust,
+    )

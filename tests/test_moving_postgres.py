@@ -1,0 +1,73 @@
+"""Every move on a PostgreSQL catalog: out of one, into one, inside one."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from sqlalchemy import create_engine, text
+from sqlalchemy.engine import make_url
+
+from msa_memory import MemoryModel
+from msa_memory.testing import open_memory, tiny_model
+
+pytestmark = pytest.mark.postgres
+SCHEMAS = ("msa_moving_from", "msa_moving_to")
+
+
+@pytest.fixture
+def memories(tmp_path: Path) -> Iterator[list[MemoryModel]]:
+    """Two memories with catalogs of their own."""
+    url = os.environ.get("MSA_TEST_POSTGRES_URL")
+    if not url:
+        pytest.skip("no PostgreSQL: set MSA_TEST_POSTGRES_URL to a database the tests may create schemas in")
+    address = make_url(url).set(drivername="postgresql+psycopg")
+    engine = create_engine(address)
+    drop = [f"DROP SCHEMA IF EXISTS {schema} CASCADE" for schema in SCHEMAS]
+    with engine.begin() as connection:
+        for statement in [*drop, *(f"CREATE SCHEMA {schema}" for schema in SCHEMAS)]:
+            connection.execute(text(statement))
+    urls = [
+        address.update_query_dict({"options": f"-csearch_path={schema}"}).render_as_string(
+            hide_password=False
+        )
+        for schema in SCHEMAS
+    ]
+    opened = [open_memory(tmp_path / f"m{place}", catalog_url=own) for place, own in enumerate(urls)]
+    yield opened
+    for memory in opened:
+        memory.close()
+    with engine.begin() as connection:
+        for statement in drop:
+            connection.execute(text(statement))
+    engine.dispose()
+
+
+def contents(memory: MemoryModel) -> dict[str, Any]:
+    assert memory.verify() == ()
+    documents = {doc.id: (doc, memory.history(doc.id)) for doc in memory.list(limit=100)}
+    return {"documents": documents, "messages": memory.session("talk").messages()}
+
+
+def test_every_move(memories: list[MemoryModel], tmp_path: Path) -> None:
+    memory, target = memories
+    memory.add_many([{"id": f"d{i}", "content": f"Person {i} lives in house {i}."} for i in range(6)])
+    memory.update("d1", "Person 1 lives on a boat.", metadata={"a": {"b": 1}})
+    memory.session("talk").append("user", "Where is the boat?", key="k1")
+    memory.export(tmp_path / "out.msa")
+    assert target.import_bundle(tmp_path / "out.msa").encoded == 0
+    assert target.import_bundle(tmp_path / "out.msa").unchanged == 7
+    assert contents(target) == contents(memory)
+    with target.fork(tmp_path / "copy") as copy:
+        assert contents(copy) == contents(memory)
+        copy.add("Only in the copy.")
+        assert copy.verify() == ()
+    model = tiny_model(tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["model.embed_tokens.weight"] *= 2
+    save_file(weights, model / "model.safetensors")
+    assert target.reencode(model).encoded == 7
+    assert contents(target) == contents(memory)
+    assert "d1" in {hit.id for hit in target.search("boat", k=2)}
