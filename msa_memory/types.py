@@ -133,7 +133,7 @@ class Answer(_Frozen):
 
     text: str
     found: bool
-    """False when nothing in the memory is relevant: the text then says so, or in a chat is the model's own."""
+    """False when nothing in the memory answers: the text then says so, or in a chat is the model's own."""
     finish_reason: Literal["stop", "length"] = "stop"
     """``length`` where ``max_new_tokens`` cut the answer off."""
     sources: tuple[Source, ...] = ()
