@@ -72,7 +72,8 @@ class Routing:
     def relevance(self) -> NDArray[np.float32]:
         """Weighted mean of the routers' mean and the lexical score ``[P]``, -1..1; masked ones -inf."""
         weight = np.float32(self.lexical_weight)
-        return (self.mean() + weight * self.words) / (1 + weight)
+        joined: NDArray[np.float32] = ((self.mean() + weight * self.words) / (1 + weight)).astype(np.float32)
+        return joined
 
 
 @dataclass(eq=False)

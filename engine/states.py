@@ -77,6 +77,8 @@ def tensor_from_bytes(tensors: Mapping[str, TensorBytes], name: str) -> Tensor:
             f"state tensor {name!r} has dtype {found.dtype}; expected {', '.join(_DTYPES)}"
         )
     try:
+        if not len(found.data):  # which frombuffer refuses
+            return torch.empty(0, dtype=dtype).view(found.shape)
         return torch.frombuffer(bytearray(found.data), dtype=dtype).view(found.shape)
     except (RuntimeError, ValueError) as error:
         raise StateDamagedError(f"state tensor {name!r} does not fill its shape {found.shape}") from error

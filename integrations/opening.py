@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +44,10 @@ class MemoryHandle:
             if self._view is None:
                 self._view = self._open()
             return self._view
+
+    async def aget(self) -> MemoryModel:
+        """``get`` for asyncio: opening a folder does not block the loop."""
+        return self._view if self._view is not None else await asyncio.to_thread(self.get)
 
     def close(self) -> None:
         """Close the memory if it was opened here; the next ``get`` opens it again."""

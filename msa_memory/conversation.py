@@ -105,7 +105,7 @@ def _message(number: int, message: Any) -> ChatMessage:
     try:
         return ChatMessage(**message)
     except (ValidationError, TypeError) as error:
-        problem = error.errors()[0] if isinstance(error, ValidationError) else {}
+        problem: Any = error.errors()[0] if isinstance(error, ValidationError) else {}
         where = ".".join(map(str, problem.get("loc", ()))) or "keys"
         raise InvalidDocumentError(
             f"message {number} has {where} {str(problem.get('input', error))!r:.60}; expected role (system, "

@@ -429,7 +429,7 @@ def _check_queries(queries: Sequence[Tensor], visible: Tensor | None, plan: Rout
 
 
 def _tiling(columns: int, questions: int, width: int, dtype: torch.dtype) -> Tiling:
-    """Tiles that keep registers free of spills; a key row is read 64 numbers at a time or more.
+    """Tiles that keep registers free of spills (tests/engine/test_kernel_compile.py compiles them).
 
     ``columns`` and ``questions`` of one product; ``width`` of a key row.
     """
@@ -440,8 +440,8 @@ def _tiling(columns: int, questions: int, width: int, dtype: torch.dtype) -> Til
     if capability() >= 90:
         return Tiling(128, depth, 8 if columns > LEAST_COLUMNS else 4, 3)
     if columns <= 64 and questions <= 8:
-        return Tiling(64, depth, 4, 3)
-    return Tiling(64, min(32, depth) if questions == 1 else depth, 8, 3)
+        return Tiling(64, depth, 4, 4)
+    return Tiling(64, min(32 if questions == 1 else 64, depth), 8, 3)
 
 
 @jit()

@@ -184,7 +184,7 @@ class Call:
 
     def _metadata(self, answer: Answer, reading: Reading) -> dict[str, Any]:
         return {
-            "model_name": self.memory.stats.model,
+            "model_name": self.memory._shared.runtime.key.name,
             "model_provider": PROVIDER,
             "finish_reason": "tool_calls" if reading.tool_calls else answer.finish_reason,
             "memory_citations": [source.model_dump(mode="json") for source in answer.sources],

@@ -31,6 +31,7 @@ from msa_memory.integrations.langchain.call import PROVIDER, Call
 from msa_memory.integrations.langchain.forms import answer_form, tool_descriptions
 from msa_memory.integrations.langchain.messages import said
 from msa_memory.integrations.opening import MemoryHandle
+from msa_memory.memory import MemoryModel
 
 __all__ = ["ChatMSA"]
 
@@ -102,7 +103,7 @@ class ChatMSA(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        call = self._call(messages, stop, kwargs)
+        call = self._call(self._handle(kwargs.get("model")).get(), messages, stop, kwargs)
         call.begin()
         answer = call.memory.chat(call.conversation(), **call.chat_options())
         call.finish(answer)
@@ -115,7 +116,8 @@ class ChatMSA(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        call = self._call(messages, stop, kwargs)
+        memory = await self._handle(kwargs.get("model")).aget()
+        call = self._call(memory, messages, stop, kwargs)
         await call.abegin()
         answer = await call.memory.achat(call.conversation(), **call.chat_options())
         await call.afinish(answer)
@@ -128,7 +130,7 @@ class ChatMSA(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        call = self._call(messages, stop, kwargs)
+        call = self._call(self._handle(kwargs.get("model")).get(), messages, stop, kwargs)
         call.begin()
         answers: Any = call.memory.stream_chat(call.conversation(), **call.chat_options())
         with closing(answers):  # a consumer who leaves stops the model
@@ -146,7 +148,8 @@ class ChatMSA(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        call = self._call(messages, stop, kwargs)
+        memory = await self._handle(kwargs.get("model")).aget()
+        call = self._call(memory, messages, stop, kwargs)
         await call.abegin()
         answers: Any = call.memory.astream_chat(call.conversation(), **call.chat_options())
         async with aclosing(answers):
@@ -157,11 +160,16 @@ class ChatMSA(BaseChatModel):
                 elif (chunk := call.chunk(part.text)) is not None:
                     yield chunk
 
-    def _call(self, messages: Sequence[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]) -> Call:
+    def _call(
+        self,
+        memory: MemoryModel,
+        messages: Sequence[BaseMessage],
+        stop: list[str] | None,
+        kwargs: dict[str, Any],
+    ) -> Call:
         known = {*_CHAT_OPTIONS, *_FORM_OPTIONS, *_IGNORED, "max_tokens", "model", "session_id"}
         if unknown := sorted(kwargs.keys() - known):
             raise ConfigError(f"unknown options {unknown}; a call takes {', '.join(sorted(known))}")
-        memory = self._handle(kwargs.get("model")).get()
         session = kwargs.get("session_id", self.session_id)
         asked = {name: kwargs[name] for name in _CHAT_OPTIONS if kwargs.get(name) is not None}
         options = {

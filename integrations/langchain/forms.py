@@ -21,6 +21,8 @@ from msa_memory.errors import ConfigError
 __all__ = ["Form", "Reading", "answer_form", "read_tool_choice", "tool_descriptions"]
 
 _ANSWER = "Answer: "
+_NAMED_PARTS = ("$defs", "definitions", "patternProperties", "properties")
+"""What holds schemas by name in a JSON Schema."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,16 +138,18 @@ def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
 
 def _closed(schema: Mapping[str, Any]) -> dict[str, Any]:
     """A schema whose objects take the properties it names and no others, unless it says otherwise."""
-    closed = {key: _closed_part(part) for key, part in schema.items()}
+    closed = {key: _closed_part(key, part) for key, part in schema.items()}
     if isinstance(schema.get("properties"), dict):
         closed.setdefault("additionalProperties", False)
     return closed
 
 
-def _closed_part(part: Any) -> Any:
-    if isinstance(part, list):
-        return [_closed_part(inner) for inner in part]
-    return _closed(part) if isinstance(part, dict) else part
+def _closed_part(key: str, part: Any) -> Any:
+    if key in _NAMED_PARTS and isinstance(part, dict):
+        return {name: _closed_part("", inner) for name, inner in part.items()}
+    if isinstance(part, list) and key != "enum":
+        return [_closed_part("", inner) for inner in part]
+    return _closed(part) if isinstance(part, dict) and key not in ("const", "default") else part
 
 
 def _call_start(function: Mapping[str, Any]) -> str:

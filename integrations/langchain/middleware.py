@@ -90,7 +90,7 @@ class MSAMemoryMiddleware(AgentMiddleware[Any, Any, Any]):
         handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]],
     ) -> ModelResponse[Any]:
         """Async twin of ``wrap_model_call``."""
-        memory = self._handle.get()
+        memory = await self._handle.aget()
         session = self._session(memory)
         stored = await session.amessages()
         recalled = await memory._arun(self._recalling(memory, request.messages, stored))

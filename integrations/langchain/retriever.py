@@ -61,7 +61,7 @@ class MSARetriever(BaseRetriever):
         where: dict[str, Any] | None = None,
     ) -> list[Document]:
         k, where = self._asked(k, where)
-        return self._documents(await self._handle.get().asearch(query, k=k, where=where))
+        return self._documents(await (await self._handle.aget()).asearch(query, k=k, where=where))
 
     def _asked(self, k: int | None, where: dict[str, Any] | None) -> tuple[int, dict[str, Any] | None]:
         return self.k if k is None else k, self.where if where is None else where

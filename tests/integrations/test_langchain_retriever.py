@@ -79,12 +79,14 @@ def test_as_a_tool(memory: MemoryModel) -> None:
     assert message.artifact[0].id == "bob"
 
 
-def test_a_folder_is_opened_at_first_use(tmp_path: Path) -> None:
+async def test_a_folder_is_opened_at_first_use(tmp_path: Path) -> None:
     with open_memory(tmp_path / "memory") as memory:
         memory.add("Bob repairs violins.", id="bob")
     retriever = MSARetriever(memory=tmp_path / "memory")
     assert [document.id for document in retriever.invoke(QUESTION)] == ["bob"]
     assert "memory" not in retriever.model_dump()
+    retriever._handle.close()
+    assert [document.id for document in await retriever.ainvoke(QUESTION)] == ["bob"]
     retriever._handle.close()
     MSARetriever(memory=tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()

@@ -42,6 +42,13 @@ class Person(BaseModel):
     kind: Literal["friend", "colleague"]
 
 
+class Schema(BaseModel):
+    """Something whose fields are called as parts of a JSON Schema are."""
+
+    properties: Person
+    default: dict[str, int] = {"properties": 1}
+
+
 class Family(BaseModel):
     """People who belong together."""
 
@@ -93,7 +100,7 @@ def call_of(message: Any) -> dict[str, Any]:
 # calls always match
 
 
-@pytest.mark.parametrize("schema", [Person, Family, get_weather, multiply])
+@pytest.mark.parametrize("schema", [Person, Family, Schema, get_weather, multiply])
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
 def test_a_forced_call_matches_its_schema(model: ChatMSA, schema: Any, temperature: float) -> None:
     bound = model.bind_tools([schema], tool_choice="any", temperature=temperature)

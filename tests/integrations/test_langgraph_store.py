@@ -363,6 +363,26 @@ def test_reading_lets_an_item_live_on(memory: MemoryModel, refresh: bool) -> Non
     ] == [1], "a read makes no new version"
 
 
+def test_changed_times_leave_a_whole_memory(tmp_path: Path) -> None:
+    with open_memory(tmp_path / "memory") as memory:
+        memory.add_many([{"id": id, "content": text} for id, text in FACTS.items()])
+        assert memory.set_expiry(["bob", "ann", "nobody"], ttl=3600) == 2
+        assert memory.set_expiry("ann") == 1
+        assert memory.get("bob").version == 1
+        assert memory.get("bob").expires_at > datetime.now(UTC) + timedelta(minutes=59)
+        assert memory.get("ann").expires_at is None
+        assert memory.set_expiry("bob", expires_at=datetime.now(UTC) - timedelta(seconds=1)) == 1
+        assert [source.id for source in memory.search("violins", k=9)].count("bob") == 0
+        assert memory.set_expiry("bob") == 0, "what has expired stays so"
+        assert memory.verify() == ()
+        assert memory.forget_expired().ids == ("bob",)
+        assert memory.forget_expired().ids == ()
+        assert memory.verify() == ()
+    with open_memory(tmp_path / "memory") as memory:
+        assert {document.id for document in memory.list()} == {"ann", "cat"}
+        assert memory.verify() == ()
+
+
 def test_sweeping(people: MSAStore, memory: MemoryModel) -> None:
     for key in ("one", "two"):
         people.put(("users", "bob"), key, {"text": "soon gone"}, ttl=1)

@@ -94,7 +94,7 @@ class Vfs(ctypes.Structure):
 Open = ctypes.CFUNCTYPE(
     ctypes.c_int,
     ctypes.POINTER(Vfs),
-    ctypes.c_char_p,
+    ctypes.c_void_p,  # the name: SQLite keeps this very pointer for as long as the file is open
     ctypes.c_void_p,
     ctypes.c_int,
     ctypes.POINTER(ctypes.c_int),
@@ -154,8 +154,8 @@ class RecordingVfs:
         self._library.sqlite3_vfs_register(self._real, 1)
         self._library.sqlite3_vfs_unregister(ctypes.byref(self._vfs))
 
-    def _open(self, vfs: Any, name: bytes | None, file: int, flags: int, out: Any) -> int:
-        path = os.fsdecode(name) if name else ""
+    def _open(self, vfs: Any, name: int | None, file: int, flags: int, out: Any) -> int:
+        path = os.fsdecode(ctypes.string_at(name)) if name else ""
         new = bool(path) and not os.path.exists(path)
         result = int(self._real.contents.open(self._real, name, file, flags, out))
         if result == 0 and path:
