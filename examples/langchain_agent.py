@@ -37,8 +37,8 @@ def talk(folder: Path, session: str, *texts: str) -> None:
                 print(f"calls {call['name']}({call['args']})")
             if message.text:
                 print(f"{message.type}: {message.text}")
-        recalled = messages[-1].response_metadata["memory_citations"]
-        print(f"   recalled: {[source['text'] for source in recalled]}")
+        recalled = [m.response_metadata.get("memory_citations", []) for m in messages]
+        print(f"   recalled: {[source['text'] for sources in recalled for source in sources]}")
     model.close()
 
 

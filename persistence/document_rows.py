@@ -30,6 +30,7 @@ __all__ = [
     "history",
     "is_sound",
     "keys",
+    "matches",
     "matching",
     "namespaces",
     "old_version",
@@ -180,7 +181,12 @@ def old_version(connection: Connection, key: int, version: int) -> OldVersion:
 
 def visible(namespace: str, tree: Filter | None, now: datetime) -> ColumnElement[bool]:
     """The condition that a document is in the namespace, matches and has not expired."""
-    return and_(documents.c.namespace == namespace, _alive(now), compile_filter(tree))
+    return and_(documents.c.namespace == namespace, matches(tree, now))
+
+
+def matches(tree: Filter | None, now: datetime) -> ColumnElement[bool]:
+    """The condition that a document, of whatever namespace, matches and has not expired."""
+    return and_(_alive(now), compile_filter(tree))
 
 
 def is_sound(row: Row[Any]) -> bool:

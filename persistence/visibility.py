@@ -15,7 +15,7 @@ import numpy as np
 from sqlalchemy import ColumnElement, Connection, Select, and_, func, select
 
 from msa_memory.persistence import bank_rows
-from msa_memory.persistence.document_rows import visible
+from msa_memory.persistence.document_rows import matches, visible
 from msa_memory.persistence.filters import Filter
 from msa_memory.persistence.tables import documents, passages, tombstones
 
@@ -94,7 +94,7 @@ def _look_again(
     gone = _array(connection, select(tombstones.c.number).where(tombstones.c.removed > before.generation))
     changed = documents.c.changed > before.generation
     touched = _array(connection, _numbers(namespace, changed))
-    shown = _array(connection, _numbers(namespace, and_(changed, visible(namespace, tree, now))))
+    shown = _array(connection, _numbers(namespace, and_(changed, matches(tree, now))))
     numbers = before.numbers
     if _expires(before, now):
         lapsed = and_(documents.c.expires_at > before.time, documents.c.expires_at <= now)

@@ -275,14 +275,11 @@ def test_control_tokens_in_text_are_only_text(
         runs.append(engine.prompt.document(number, header, text))
         return encode(engine, number, header, text)
 
-    def spy_read(
-        engine: Engine, view: object, chosen: object, evidence: str, question: str, o: object
-    ) -> object:
+    def spy_read(engine: Engine, view: object, chosen: object, ids: list[int], *rest: object) -> object:
         own = [*engine.prompt.tail, *engine.prompt.response]
-        ids = engine.prompt.reading(evidence, question)
         assert ids[-len(own) :] == own
         runs.append(ids[: -len(own)])
-        return read(engine, view, chosen, evidence, question, o)
+        return read(engine, view, chosen, ids, *rest)
 
     monkeypatch.setattr(Engine, "encode", spy_encode)
     monkeypatch.setattr(Engine, "read", spy_read)

@@ -74,7 +74,7 @@ def _tiling(dtype: torch.dtype, dim: int) -> tuple[int, int, int]:
         return 16, 16, 4
     if dim > 64:
         return (128 if dim == 128 else 64, 64 if dim == 128 and capability() >= 90 else 32, 8)
-    return 128, 64, 4
+    return 128 if capability() >= 90 else 64, 64, 4
 
 
 @lru_cache(maxsize=16)
