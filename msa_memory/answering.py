@@ -135,13 +135,20 @@ class Asking:
 
     def search(self) -> Generator[None, None, list[Source]]:
         """The k best distinct documents, as whole passages."""
-        routing = self._route(self._view())
+        return (yield from self._undisturbed(self._view(), self._find))
+
+    def _find(self, view: BankView) -> Generator[None, None, list[Source]]:
+        """Route and look the texts up. NotFoundError where one was forgotten or replaced in between."""
+        routing = self._route(view)
         yield
         scores = routing.relevance()
         hits = best_documents(routing.numbers, scores, self.bank.records, self.options.k or 5)
         by_number = dict(zip(routing.numbers.tolist(), scores.tolist(), strict=True))
-        texts = self.store.passages([hit.passages[0].number for hit in hits])
-        found = [texts[hit.passages[0].number] for hit in hits if hit.passages[0].number in texts]
+        numbers = [hit.passages[0].number for hit in hits]
+        texts = self.store.passages(numbers)
+        if gone := [number for number in numbers if number not in texts]:
+            raise NotFoundError(f"passages {gone} were forgotten or replaced while they were read; ask again")
+        found = [texts[number] for number in numbers]
         return [
             to_source(Excerpt(text, by_number[text.record.number], text.record.start, text.record.end))
             for text in found
