@@ -36,6 +36,9 @@ def main() -> None:
     parser.add_argument(
         "--answers", type=int, default=200, help="questions to answer in full; recall uses all"
     )
+    parser.add_argument(
+        "--refusals", type=int, default=300, help="questions of each kind to look at refusals"
+    )
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--bank", type=Path, help="folder to keep the bank in; reused when it exists")
     parser.add_argument("--untitled", action="store_true", help="leave the passages' titles out")
@@ -110,7 +113,7 @@ def refusals(
     memory: MemoryModel, questions: Sequence[Question], options: argparse.Namespace
 ) -> dict[str, Any]:
     """How well the best score separates answerable questions from others, and what the default refuses."""
-    some = every(questions, 600)
+    some = every(questions, options.refusals)
     present = [best(memory, question.text) for question in some]
     threshold = memory._engine().calibration.get("min_score", -1.0)
     figures: dict[str, Any] = {"min_score": threshold, "false_refusals": below(present, threshold)}
@@ -121,7 +124,7 @@ def refusals(
             absent, sorted(present)[len(present) // 10]
         )
     if options.unanswerable:
-        asked = [q.text for q in every(read_unanswerable(options.unanswerable), 600)]
+        asked = [q.text for q in every(read_unanswerable(options.unanswerable), options.refusals)]
         adversarial = [best(memory, text) for text in asked]
         figures |= {
             "unanswerable_refused": below(adversarial, threshold),
