@@ -25,13 +25,13 @@ from msa_memory.engine.context import Feed, advance
 from msa_memory.engine.context import Sequence as Row
 from msa_memory.engine.engine import Engine, load_engine
 from msa_memory.engine.generation import Generation, decode_batch
-from msa_memory.engine.layout import document_header
+from msa_memory.engine.layout import document_header, evidence_entry
 from msa_memory.engine.models import DEFAULT_MODEL, resolve
 from msa_memory.engine.sampling import SamplingOptions
 from msa_memory.engine.states import PassageStates
 from msa_memory.engine.train.bm25 import BM25
 from msa_memory.engine.train.data import Passage, Question, read_passages, read_questions
-from msa_memory.engine.train.mixture import HELD_OUT_INJECTIONS, REFUSAL, evidence_entry, inject
+from msa_memory.engine.train.mixture import HELD_OUT_INJECTIONS, REFUSAL, inject
 
 DAY = date(2024, 5, 1)
 IN_MEMORY = 16

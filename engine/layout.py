@@ -16,7 +16,7 @@ from msa_memory.engine.config import MSAConfig
 from msa_memory.engine.tokenizer import Tokenizer
 from msa_memory.errors import CheckpointError
 
-__all__ = ["Layout", "PromptLayout", "document_header", "read_layout"]
+__all__ = ["Layout", "PromptLayout", "document_header", "evidence_entry", "read_layout"]
 
 REFERENCE_POSITION = 3
 
@@ -77,6 +77,13 @@ def document_header(*, title: str | None, when: date | None, speaker: str | None
     """The line a bare document starts with: its title, date and speaker, as far as it has them."""
     parts = [part for part in (title, when.isoformat() if when else None, speaker) if part]
     return " | ".join(parts) + "\n" if parts else ""
+
+
+def evidence_entry(header: str, day: date, text: str) -> str:
+    """One passage as the model reads it among evidence, headed by its date, title and speaker."""
+    head, when = header.strip(), day.isoformat()
+    label = head if when in head else f"{when} | {head}" if head else when
+    return f"[{label}] {text.strip()}\n"
 
 
 class PromptLayout:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from msa_memory.engine import layout
 from msa_memory.engine.lexical import COMMON_WORDS
 from msa_memory.persistence import PassageRecord, PassageText
 from msa_memory.types import Source
@@ -148,10 +149,7 @@ def evidence_text(excerpts: Sequence[Excerpt]) -> str:
 def evidence_entry(excerpt: Excerpt) -> str:
     """One excerpt as the model reads it, headed by its date, title and speaker."""
     passage = excerpt.passage
-    head = passage.header.strip()
-    day = passage.timestamp.date().isoformat()
-    label = head if day in head else f"{day} | {head}" if head else day
-    return f"[{label}] {excerpt.text.strip()}\n"
+    return layout.evidence_entry(passage.header, passage.timestamp.date(), excerpt.text)
 
 
 def citation(number: int, excerpt: Excerpt) -> str:

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -47,3 +48,36 @@ def no_second_copy_of_the_package() -> Iterator[None]:
             pytest.fail(
                 f"`{name}` was imported from {origin}; import msa_memory.{name}, or every class exists twice"
             )
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts that the engine encodes from here on."""
+    from msa_memory.engine.engine import Engine
+
+    texts: list[str] = []
+    encode = Engine.encode
+
+    def spy(engine: Engine, number: int, header: str, text: str) -> object:
+        texts.append(header + text)
+        return encode(engine, number, header, text)
+
+    monkeypatch.setattr(Engine, "encode", spy)
+    return texts
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """For every token decoded from here on, the limit of its answer: a name for it."""
+    from msa_memory.engine.engine import Engine
+
+    steps: list[int] = []
+    decode = Engine.decode
+
+    def spy(engine: Engine, generation: Any) -> Iterator[str]:
+        for text in decode(engine, generation):
+            steps.append(generation.options.max_new_tokens)
+            yield text
+
+    monkeypatch.setattr(Engine, "decode", spy)
+    return steps

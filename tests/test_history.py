@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from msa_memory import MemoryConfig, MemoryModel
-from msa_memory.engine.engine import Engine
 from msa_memory.errors import InvalidDocumentError, MSAError, NotFoundError, ReadOnlyError
 from msa_memory.testing import open_memory, tiny_model
 
@@ -24,20 +23,6 @@ AT_ONCE = 1e-6
 def memory() -> Iterator[MemoryModel]:
     with open_memory(config=BRIEF) as memory:
         yield memory
-
-
-@pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The texts that the engine encodes from here on."""
-    texts: list[str] = []
-    encode = Engine.encode
-
-    def spy(engine: Engine, number: int, header: str, text: str) -> object:
-        texts.append(header + text)
-        return encode(engine, number, header, text)
-
-    monkeypatch.setattr(Engine, "encode", spy)
-    return texts
 
 
 # restore

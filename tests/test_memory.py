@@ -50,35 +50,6 @@ def filled(memory: MemoryModel) -> MemoryModel:
     return memory
 
 
-@pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The texts that the engine encodes from here on."""
-    texts: list[str] = []
-    encode = Engine.encode
-
-    def spy(engine: Engine, number: int, header: str, text: str) -> object:
-        texts.append(header + text)
-        return encode(engine, number, header, text)
-
-    monkeypatch.setattr(Engine, "encode", spy)
-    return texts
-
-
-@pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """For every token decoded from here on, the limit of its question: a name for it."""
-    steps: list[int] = []
-    decode = Engine.decode
-
-    def spy(engine: Engine, generation: object) -> Iterator[str]:
-        for text in decode(engine, generation):
-            steps.append(generation.options.max_new_tokens)
-            yield text
-
-    monkeypatch.setattr(Engine, "decode", spy)
-    return steps
-
-
 def ids(found: list) -> list[str]:
     return [source.id for source in found]
 

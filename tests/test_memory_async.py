@@ -2,12 +2,11 @@
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 
 from msa_memory import MemoryConfig, MemoryModel
-from msa_memory.engine.engine import Engine
 from msa_memory.errors import ConfigError, ConflictError, MSAError, NotFoundError
 from msa_memory.testing import open_memory
 from msa_memory.types import Answer
@@ -25,21 +24,6 @@ async def memory() -> AsyncIterator[MemoryModel]:
     async with open_memory(config=MemoryConfig(max_new_tokens=10)) as memory:
         await memory.aadd_many([{"id": id, "content": text} for id, text in FACTS.items()])
         yield memory
-
-
-@pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """For every token decoded from here on, the limit of its question: a name for it."""
-    steps: list[int] = []
-    decode = Engine.decode
-
-    def spy(engine: Engine, generation: object) -> Iterator[str]:
-        for text in decode(engine, generation):
-            steps.append(generation.options.max_new_tokens)
-            yield text
-
-    monkeypatch.setattr(Engine, "decode", spy)
-    return steps
 
 
 def same(answer: Answer) -> dict:

@@ -17,7 +17,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from msa_memory import MemoryConfig, MemoryModel
-from msa_memory.engine.engine import Engine
 from msa_memory.errors import (
     ConfigError,
     InvalidDocumentError,
@@ -49,20 +48,6 @@ HOSTILE = [
 def memory() -> Iterator[MemoryModel]:
     with open_memory(config=BRIEF) as memory:
         yield memory
-
-
-@pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The texts that the engine encodes from here on."""
-    texts: list[str] = []
-    encode = Engine.encode
-
-    def spy(engine: Engine, number: int, header: str, text: str) -> object:
-        texts.append(header + text)
-        return encode(engine, number, header, text)
-
-    monkeypatch.setattr(Engine, "encode", spy)
-    return texts
 
 
 @pytest.fixture

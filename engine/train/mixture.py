@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import lru_cache
 
-from msa_memory.engine.layout import document_header
+from msa_memory.engine.layout import document_header, evidence_entry
 from msa_memory.engine.train.bm25 import words
 from msa_memory.engine.train.branches import Branch, BranchedRow
 from msa_memory.engine.train.conflicts import conflict
@@ -36,7 +36,6 @@ __all__ = [
     "Mixture",
     "MixtureOptions",
     "REFUSAL",
-    "evidence_entry",
     "inject",
 ]
 
@@ -120,13 +119,6 @@ class _Window:
     @property
     def header(self) -> str:
         return document_header(title=self.title, when=self.day if self.stated else None, speaker=None)
-
-
-def evidence_entry(header: str, day: date, text: str) -> str:
-    """One passage as the model reads it at inference, headed by its date and title."""
-    head, when = header.strip(), day.isoformat()
-    label = head if when in head else f"{when} | {head}" if head else when
-    return f"[{label}] {text.strip()}\n"
 
 
 def inject(text: str, sentence: str, rng: random.Random) -> str:

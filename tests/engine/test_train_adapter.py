@@ -29,7 +29,7 @@ from msa_memory.engine.context import Feed, Sequence, advance
 from msa_memory.engine.decoder import Decoder
 from msa_memory.engine.encoding import encode_passage
 from msa_memory.engine.engine import Engine, load_engine
-from msa_memory.engine.layout import document_header
+from msa_memory.engine.layout import document_header, evidence_entry
 from msa_memory.engine.sampling import SamplingOptions
 from msa_memory.engine.train.__main__ import app
 from msa_memory.engine.train.adapter import AdapterTraining, evaluate, train_adapter
@@ -45,7 +45,6 @@ from msa_memory.engine.train.mixture import (
     Chat,
     Mixture,
     MixtureOptions,
-    evidence_entry,
     inject,
 )
 from msa_memory.errors import CheckpointError, ConfigError, EngineError

@@ -22,7 +22,6 @@ from langchain_core.messages import (
 )
 
 from msa_memory import MemoryModel
-from msa_memory.engine.engine import Engine
 from msa_memory.errors import ConfigError, InvalidDocumentError, ModelNotFoundError, MSAError
 from msa_memory.integrations.langchain import ChatMSA
 from msa_memory.integrations.langchain.call import Call
@@ -56,21 +55,6 @@ def memory(shared: MemoryModel, request: pytest.FixtureRequest) -> MemoryModel:
 @pytest.fixture
 def model(shared: MemoryModel) -> ChatMSA:
     return ChatMSA(memory=shared, max_tokens=12)
-
-
-@pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """For every token decoded from here on, the limit of its answer: a name for it."""
-    steps: list[int] = []
-    decode = Engine.decode
-
-    def spy(engine: Engine, generation: Any) -> Iterator[str]:
-        for text in decode(engine, generation):
-            steps.append(generation.options.max_new_tokens)
-            yield text
-
-    monkeypatch.setattr(Engine, "decode", spy)
-    return steps
 
 
 def added_up(chunks: list[AIMessageChunk]) -> AIMessageChunk:
