@@ -22,7 +22,16 @@ from torch import Tensor, nn
 from msa_memory.engine.decoder import Decoder
 from msa_memory.errors import CheckpointError, ConfigError
 
-__all__ = ["Adapter", "LowRankLinear", "TARGETS", "adapter_of", "attach", "load_adapter", "merge"]
+__all__ = [
+    "Adapter",
+    "LowRankLinear",
+    "TARGETS",
+    "adapter_of",
+    "attach",
+    "continue_from",
+    "load_adapter",
+    "merge",
+]
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _NAME = re.compile(r"(?P<module>model\.layers\.\d+\.(?:self_attn|mlp)\.\w+)\.lora_(?P<side>[AB])\.weight")
@@ -217,6 +226,30 @@ def attach(
             attached[name] = LowRankLinear(base, rank, alpha, random)
             setattr(decoder.get_submodule(f"model.layers.{layer}.{block}"), target, attached[name])
     return attached
+
+
+@torch.no_grad()
+def continue_from(modules: dict[str, LowRankLinear], adapter: Adapter) -> None:
+    """Let attached modules start as an adapter that was trained before.
+
+    Raises:
+        ConfigError: it covers other layers, or has another rank or scale; nothing was changed then.
+    """
+    for name in sorted(modules.keys() ^ adapter.pairs.keys()):
+        side = "adapter" if name in modules else "recipe"
+        raise ConfigError(f"the {side} lacks {name!r}; go on with the layers and targets it was trained with")
+    for name, module in modules.items():
+        a, b = adapter.pairs[name]
+        if (a.shape, b.shape, adapter.scale) != (module.lora_a.shape, module.lora_b.shape, module.scale):
+            raise ConfigError(
+                f"the adapter's {name!r} has rank {adapter.rank} and scale {adapter.scale:g}, the recipe "
+                f"asks for rank {len(module.lora_a)} and scale {module.scale:g}; they have to be the same"
+            )
+    for name, module in modules.items():
+        a, b = adapter.pairs[name]
+        module.lora_a.copy_(a)
+        module.lora_b.copy_(b)
+        module.refresh()
 
 
 def adapter_of(modules: dict[str, LowRankLinear], rank: int, alpha: float) -> Adapter:

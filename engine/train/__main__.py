@@ -15,7 +15,7 @@ import torch
 import typer
 from rich.progress import Progress, TextColumn
 
-from msa_memory.engine.adapter import TARGETS
+from msa_memory.engine.adapter import TARGETS, load_adapter
 from msa_memory.engine.checkpoint import open_checkpoint
 from msa_memory.engine.config import MSAConfig, read_backbone
 from msa_memory.engine.decoder import Decoder
@@ -138,6 +138,19 @@ def adapter(
     targets: Annotated[str, typer.Option(help="linear layers, comma-separated")] = ",".join(TARGETS),
     learning_rate: float = AdapterTraining().learning_rate,
     chats: Annotated[int, typer.Option(help="plain conversations to keep; 0 for none")] = 240,
+    start: Annotated[Path | None, typer.Option(help="adapter file of an earlier phase to go on from")] = None,
+    window: Annotated[
+        int, typer.Option(help="longest cut of a passage, in tokens")
+    ] = MixtureOptions().window,
+    row_tokens: Annotated[int, typer.Option(help="a row of this length takes no more questions")] = (
+        MixtureOptions().row_tokens
+    ),
+    absent_rows: Annotated[float, typer.Option(help="share of evidence rows without their passage")] = (
+        MixtureOptions().absent_rows
+    ),
+    alone_rows: Annotated[float, typer.Option(help="share of memory rows with nothing else in memory")] = (
+        MixtureOptions().alone_rows
+    ),
     evaluate_every: int = 60,
     save_every_s: float = 300.0,
     seed: int = 0,
@@ -161,8 +174,10 @@ def adapter(
     )
     out.mkdir(parents=True, exist_ok=True)
     engine = load_engine(resolve(model), name=model, device=device, adapter=False)
-    options = MixtureOptions(seed=seed)
-    files = [*passages, *questions, *unanswerable]
+    options = MixtureOptions(
+        window=window, row_tokens=row_tokens, absent_rows=absent_rows, alone_rows=alone_rows, seed=seed
+    )
+    files = [*passages, *questions, *unanswerable, *([] if start is None else [start])]
     train, kept = _exercises(engine, passages, questions, unanswerable)
     plain = _plain_chats(engine, train, chats, seed, out / "chat.jsonl")
     end = engine.tokenizer.encode_prompt(engine.prompt.layout.tail)[0]
@@ -175,6 +190,7 @@ def adapter(
             stream.row,
             recipe,
             out,
+            start=None if start is None else load_adapter(start),
             data=f"{fingerprint_files(files)} {asdict(options)} {len(plain)} {engine.fingerprint}",
             held_out=examined,
             evaluate_every=evaluate_every,

@@ -23,7 +23,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from msa_memory.engine.adapter import TARGETS, Adapter, LowRankLinear, adapter_of, attach
+from msa_memory.engine.adapter import (
+    TARGETS,
+    Adapter,
+    LowRankLinear,
+    adapter_of,
+    attach,
+    continue_from,
+)
 from msa_memory.engine.decoder import Decoder
 from msa_memory.engine.train.branches import BranchedRow, answer_losses, forward_branches
 from msa_memory.errors import CheckpointError, ConfigError
@@ -78,6 +85,7 @@ def train_adapter(
     recipe: AdapterTraining,
     out: Path,
     *,
+    start: Adapter | None = None,
     data: str = "",
     held_out: dict[str, list[BranchedRow]] | None = None,
     evaluate_every: int = 100,
@@ -91,6 +99,7 @@ def train_adapter(
 
     Args:
         rows: row number to row; step s uses the rows from ``(s - 1) * rows_per_step`` on.
+        start: an earlier adapter to go on from; None: one that changes nothing yet.
         data: what stands for the data files in the check that a resumed run is the same run.
         held_out: rows per kind for the losses reported every ``evaluate_every`` steps.
         report: called with the step and its figures.
@@ -109,6 +118,8 @@ def train_adapter(
         alpha=recipe.alpha,
         seed=recipe.seed,
     )
+    if start is not None:
+        continue_from(modules, start)
     run = _Run(modules, recipe, out, hashlib.sha256(f"{asdict(recipe)}\n{data}".encode()).hexdigest())
     done = run.resume()
     saved_at = time.monotonic()

@@ -82,15 +82,17 @@ class MixtureOptions:
 
     ``window`` is the longest cut of a passage and ``row_tokens`` the length from which a row takes no
     further questions, in tokens; ``branches`` the most questions its passages answer; ``borrows`` other
-    rows' documents it may see. The rest are shares: of text rows without their anchor's passage
-    (``absent_rows``), of rows with a trick question where one exists (``unanswerable``), of text rows with
-    an instruction in a passage (``injected_rows``).
+    rows' documents it may see. The rest are shares: of memory rows with nothing else in memory
+    (``alone_rows``), of text rows without their anchor's passage (``absent_rows``), of rows with a trick
+    question where one exists (``unanswerable``), of text rows with an instruction in a passage
+    (``injected_rows``).
     """
 
     window: int = 120
     row_tokens: int = 560
     branches: int = 8
     borrows: int = 14
+    alone_rows: float = 0.0
     absent_rows: float = 0.6
     unanswerable: float = 0.8
     injected_rows: float = 0.1
@@ -294,7 +296,9 @@ class Mixture:
     def _memory(self, anchor: int, rng: random.Random) -> BranchedRow:
         windows = self._windows(anchor, rng, most=3, with_gold=True)
         branches = self._answerable(windows, anchor, rng, "memory")
-        return self._reading("", branches, tuple(map(self._document, windows)), self.options.borrows)
+        alone = rng.random() < self.options.alone_rows
+        borrows = 0 if alone else self.options.borrows
+        return self._reading("", branches, tuple(map(self._document, windows)), borrows)
 
     def _document(self, window: _Window) -> tuple[int, ...]:
         return tuple(self.prompt.document(window.number, window.header, window.text))
