@@ -129,7 +129,9 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         figures = measure(Path(scratch), options)
-    report("storage", options, {"catalog": "postgresql" if options.catalog_url else "sqlite", **figures})
+    catalog = "postgresql" if options.catalog_url else "sqlite"
+    name = "storage" if catalog == "sqlite" else f"storage_{catalog}"
+    report(name, options, {"catalog": catalog, **figures})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from typing import Any
 
 from msa_memory.engine.bank import BankView
 from msa_memory.engine.engine import Engine
+from msa_memory.engine.kept_contexts import KeptContexts
+from msa_memory.engine.parallel import new_bank
 from msa_memory.engine.states import PassageStates, tensor_from_bytes
 from msa_memory.errors import NotFoundError, StateDamagedError
 from msa_memory.persistence import PassageRecord, Store
@@ -27,7 +29,8 @@ class LivingBank:
         self.store = store
         self.records: dict[int, PassageRecord] = {}
         self.generation = 0
-        self.bank = engine.new_bank(self._fetch)
+        self.contexts = KeptContexts()
+        self.bank = new_bank(engine, self._fetch)
 
     def refresh(self) -> None:
         """Apply what happened since the last call."""
@@ -35,9 +38,13 @@ class LivingBank:
             return
         changes = self.store.changes(self.generation)
         removed = set(changes.removed)
+        if changes.complete:
+            removed = self.records.keys() - {record.number for record in changes.added}
         for record in changes.added:
             if record.number not in removed and record.number not in self.records:
                 self._add(record)
+        if not changes.grew:
+            self.contexts.clear()
         gone = removed & self.records.keys()
         if gone:
             self.bank.remove(gone)

@@ -10,6 +10,7 @@ from msa_memory.persistence.records import (
     OldVersion,
     PassageRecord,
     PassageText,
+    StagedStates,
 )
 from msa_memory.persistence.reencoding import Reencoding
 from msa_memory.persistence.sessions import NewMessage
@@ -27,6 +28,7 @@ __all__ = [
     "PassageRecord",
     "PassageText",
     "Reencoding",
+    "StagedStates",
     "Store",
     "StoredDocument",
     "StoredMessage",

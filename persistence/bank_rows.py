@@ -108,8 +108,9 @@ def next_number(connection: Connection) -> int:
 def take_keys(connection: Connection, count: int) -> range:
     """Document keys that were never given out."""
     connection.execute(update(bank).values(next_document=bank.c.next_document + count))
-    start = int(connection.execute(select(bank.c.next_document)).scalar_one()) - count
-    used = connection.scalar(select(func.max(documents.c.key)))
+    newest = select(func.max(documents.c.key)).scalar_subquery()
+    end, used = connection.execute(select(bank.c.next_document, newest)).one()
+    start = int(end) - count
     if used is not None and used >= start:
         start = int(used) + 1
         connection.execute(update(bank).values(next_document=start + count))

@@ -1,12 +1,13 @@
 """Whole documents and messages out of a bank and into another: with versions, dates and places kept.
 
-``Bundles`` reads a namespace a part at a time in short transactions and writes a part in one commit each.
+``Bundles`` reads a namespace as it was at one moment and writes a part of one in one commit each.
 Knows rows and states; not the file they travel in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -27,7 +28,7 @@ from msa_memory.persistence.store import Store
 from msa_memory.persistence.tables import documents, messages, passages, sessions, versions
 from msa_memory.types import Document
 
-__all__ = ["Arrival", "Bundles", "StoredDocument", "StoredMessage"]
+__all__ = ["Arrival", "Bundles", "Snapshot", "StoredDocument", "StoredMessage"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,50 +69,73 @@ class Arrival:
     """The version of the document whose next one it becomes; None where the id is free."""
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A namespace inside one transaction."""
+
+    connection: Connection
+    namespace: str
+    time: datetime
+
+    def documents(self, after: int, *, limit: int, most_bytes: int) -> list[tuple[int, StoredDocument]]:
+        """Row keys and documents above ``after``, oldest first, that have not expired.
+
+        At most ``limit``, and no more than ``most_bytes`` of text and states unless the first has more.
+        """
+        keys = _next_keys(self.connection, self.namespace, self.time, after, limit, most_bytes)
+        found = document_rows.find(self.connection, keys)
+        held = _passages(self.connection, keys)
+        return [
+            (key, StoredDocument(found[key], _earlier(self.connection, key, found[key]), held.get(key, ())))
+            for key in keys
+        ]
+
+    def messages(self, after: int, limit: int) -> list[tuple[int, str, StoredMessage]]:
+        """Row keys, stamps and messages above ``after``, in the order they were stored."""
+        query = (
+            select(messages, sessions.c.id, sessions.c.namespace, documents.c.id.label("document_id"))
+            .join(sessions)
+            .join(documents, messages.c.document == documents.c.key, isouter=True)
+            .where(sessions.c.namespace == self.namespace, messages.c.key > after)
+            .order_by(messages.c.key)
+            .limit(limit)
+        )
+        return [(row.key, row.hash, _stored(row)) for row in self.connection.execute(query)]
+
+
 class Bundles:
     """What moving needs of an open store beyond its own verbs."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def ends(self, namespace: str) -> tuple[int, int]:
-        """Row keys of the newest message and the newest document of one moment, -1 where there is none."""
-        of = messages.c.session.in_(select(sessions.c.key).where(sessions.c.namespace == namespace))
+    @contextmanager
+    def snapshot(self, namespace: str) -> Iterator[Snapshot]:
+        """A namespace as it is at one moment; keep the block short, because erasure waits for its end."""
         with self._store._reading() as connection:
-            newest = connection.scalar(select(func.max(messages.c.key)).where(of))
-            last = connection.scalar(
-                select(func.max(documents.c.key)).where(documents.c.namespace == namespace)
-            )
-        return (-1 if newest is None else int(newest)), (-1 if last is None else int(last))
+            yield Snapshot(connection, namespace, datetime.now(UTC))
 
-    def documents(
-        self, namespace: str, after: int, until: int, *, limit: int, most_bytes: int
-    ) -> list[tuple[int, StoredDocument]]:
-        """Row keys and documents above ``after``, oldest first, that have not expired.
-
-        At most ``limit``, and no more than ``most_bytes`` of text and states unless the first has more.
-        """
+    def records(self, keys: Sequence[int]) -> dict[int, dict[int, PassageRecord]]:
+        """Those documents that exist now, by row key, with their passages by number."""
+        found: dict[int, dict[int, PassageRecord]] = {}
         with self._store._reading() as connection:
-            keys = _next_keys(connection, namespace, after, until, limit, most_bytes)
-            found = document_rows.find(connection, keys)
-            held = _passages(connection, keys)
-            return [
-                (key, StoredDocument(found[key], _earlier(connection, key, found[key]), held.get(key, ())))
-                for key in keys
-            ]
+            for chunk in chunks(keys):
+                there = select(documents.c.key).where(documents.c.key.in_(chunk))
+                found.update((key, {}) for key in connection.scalars(there))
+            for key, held in _passages(connection, list(found)).items():
+                found[key] = {record.number: record for record, _ in held}
+        return found
 
-    def messages(self, namespace: str, after: int, until: int, limit: int) -> list[tuple[int, StoredMessage]]:
-        """Row keys and messages above ``after``, in the order they were stored."""
-        query = (
-            select(messages, sessions.c.id, sessions.c.namespace, documents.c.id.label("document_id"))
-            .join(sessions)
-            .join(documents, messages.c.document == documents.c.key, isouter=True)
-            .where(sessions.c.namespace == namespace, messages.c.key > after, messages.c.key <= until)
-            .order_by(messages.c.key)
-            .limit(limit)
-        )
+    def messages_left(self, stamps: Mapping[int, str]) -> set[int]:
+        """Those of the messages, by row key, that exist now; a key may have been given to another one."""
+        found: set[int] = set()
         with self._store._reading() as connection:
-            return [(row.key, _stored(row)) for row in connection.execute(query)]
+            for chunk in chunks(stamps):
+                rows = connection.execute(
+                    select(messages.c.key, messages.c.hash).where(messages.c.key.in_(chunk))
+                )
+                found.update(row.key for row in rows if row.hash == stamps[row.key])
+        return found
 
     def bring(self, arrivals: Sequence[Arrival]) -> None:
         """Store all of them in one commit, in place of expired ones with their ids.
@@ -163,7 +187,7 @@ class Bundles:
 
 
 def _next_keys(
-    connection: Connection, namespace: str, after: int, until: int, limit: int, most_bytes: int
+    connection: Connection, namespace: str, now: datetime, after: int, limit: int, most_bytes: int
 ) -> list[int]:
     states = (
         select(func.coalesce(func.sum(passages.c.length), 0))
@@ -172,11 +196,7 @@ def _next_keys(
     )
     query = (
         select(documents.c.key, (func.length(documents.c.text) + states).label("bytes"))
-        .where(
-            document_rows.visible(namespace, None, datetime.now(UTC)),
-            documents.c.key > after,
-            documents.c.key <= until,
-        )
+        .where(document_rows.visible(namespace, None, now), documents.c.key > after)
         .order_by(documents.c.key)
         .limit(limit)
     )

@@ -7,7 +7,7 @@ never an answer. Knows no passage, no file and no lock.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -27,9 +27,11 @@ __all__ = [
     "count",
     "document",
     "find",
+    "find_all",
     "history",
     "is_sound",
     "keys",
+    "keys_of",
     "matches",
     "matching",
     "namespaces",
@@ -88,6 +90,20 @@ def keys(
     return found
 
 
+def keys_of(
+    connection: Connection, names: Iterable[tuple[str, str]], alive_at: datetime | None = None
+) -> dict[tuple[str, str], int]:
+    """``keys`` for namespaces and ids of several namespaces."""
+    by_namespace: dict[str, list[str]] = {}
+    for namespace, id in names:
+        by_namespace.setdefault(namespace, []).append(id)
+    return {
+        (namespace, id): key
+        for namespace, ids in by_namespace.items()
+        for id, key in keys(connection, namespace, ids, alive_at).items()
+    }
+
+
 def matching(
     connection: Connection, namespace: str | None, tree: Filter | None, expired_at: datetime | None = None
 ) -> dict[int, str]:
@@ -106,6 +122,12 @@ def matching(
 def document(connection: Connection, key: int) -> Document:
     """One document that exists."""
     return find(connection, [key])[key]
+
+
+def find_all(connection: Connection, wanted: Sequence[int]) -> list[Document]:
+    """Documents that exist, by row key, in the order given; one may be asked for twice."""
+    found = find(connection, dict.fromkeys(wanted))
+    return [found[key] for key in wanted]
 
 
 def find(connection: Connection, wanted: Iterable[int]) -> dict[int, Document]:

@@ -19,7 +19,16 @@ from msa_memory.errors import InvalidFilterError
 from msa_memory.persistence import attributes as attribute
 from msa_memory.persistence.tables import attributes, documents
 
-__all__ = ["Comparison", "Every", "Filter", "Negation", "Some", "compile_filter", "parse_filter"]
+__all__ = [
+    "Comparison",
+    "Every",
+    "Filter",
+    "Negation",
+    "Some",
+    "apart_from_ids",
+    "compile_filter",
+    "parse_filter",
+]
 
 MAX_DEPTH = 16
 MAX_TESTS = 256
@@ -99,6 +108,20 @@ def compile_filter(tree: Filter | None) -> ColumnElement[bool]:
         case Comparison(key, operator, value):
             condition = and_(attributes.c.path == key, _compile_attribute(operator, value))
             return exists().where(attributes.c.document == documents.c.key, condition)
+
+
+def apart_from_ids(tree: Filter | None) -> tuple[Filter | None, tuple[str, ...]]:
+    """A filter as a base and the ids it leaves out besides: it matches what the base does without those."""
+    match tree:
+        case Negation(Comparison("$id", "$in", values)):
+            return None, tuple(value for value in values if isinstance(value, str))  # no id is anything else
+        case Every(parts):
+            split = [apart_from_ids(part) for part in parts]
+            left = tuple(base for base, _ in split if base is not None)
+            base = left[0] if len(left) == 1 else Every(left) if left else None
+            return base, tuple(id for _, ids in split for id in ids)
+        case _:
+            return tree, ()
 
 
 class _Parser:

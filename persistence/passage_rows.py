@@ -8,17 +8,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, select
+from sqlalchemy import Connection, Row, Select, delete, func, select
 
 from msa_memory.errors import CatalogDamagedError
 from msa_memory.persistence import bank_rows, document_rows
 from msa_memory.persistence.records import Changes, PassageRecord, PassageText
 from msa_memory.persistence.stamps import fits
 from msa_memory.persistence.statements import chunks
-from msa_memory.persistence.tables import documents, passages, tombstones
+from msa_memory.persistence.tables import commits, documents, passages, tombstones
 from msa_memory.types import Document
 
-__all__ = ["PASSAGE", "changes", "is_sound", "record", "records", "records_in", "texts"]
+__all__ = [
+    "PASSAGE",
+    "changes",
+    "drop_tombstones",
+    "is_sound",
+    "oldest_followed",
+    "record",
+    "records",
+    "records_in",
+    "texts",
+]
 
 PASSAGE = (
     "number",
@@ -42,18 +52,37 @@ _NO_CHECKSUM = -1
 
 
 def changes(connection: Connection, since: int) -> Changes:
-    """What happened after generation ``since``; 0 for everything there is."""
+    """What happened after generation ``since``; 0, or one before the tombstones kept, for all there is."""
     generation = bank_rows.generation(connection)
     if generation < since:
         raise CatalogDamagedError(
             f"the catalog is at generation {generation}, but generation {since} was seen before: commits "
             "are lost or an older copy was put in place; open the memory anew on a good copy"
         )
+    complete = since < oldest_followed(connection)
     query = _RECORDS.order_by(passages.c.number)
-    rows = connection.execute(query.where(passages.c.added > since) if since else query)
+    rows = connection.execute(query if complete else query.where(passages.c.added > since))
     added = tuple(map(_record, rows))
     gone = select(tombstones.c.number).where(tombstones.c.removed > since).order_by(tombstones.c.number)
-    return Changes(generation, added, tuple(connection.scalars(gone)) if since else ())
+    removed = () if complete else tuple(connection.scalars(gone))
+    additions = select(func.count(passages.c.added.distinct())).where(passages.c.added > since)
+    grew = not complete and not removed and connection.scalar(additions) == generation - since
+    return Changes(generation, added, removed, complete, grew)
+
+
+def oldest_followed(connection: Connection) -> int:
+    """The first generation after which every removal has left a tombstone: that of the oldest link kept."""
+    return int(connection.scalar(select(func.min(commits.c.generation))) or 1)
+
+
+def drop_tombstones(connection: Connection) -> None:
+    """Delete those that say nothing to whoever follows from ``oldest_followed`` on.
+
+    The one of the highest number stays: numbers are never given out twice, whatever happens to the counter.
+    """
+    newest = connection.scalar(select(func.max(tombstones.c.number)))
+    old = tombstones.c.removed <= oldest_followed(connection)
+    connection.execute(delete(tombstones).where(old, tombstones.c.number != newest))
 
 
 def records(connection: Connection, after: int, limit: int) -> list[PassageRecord]:

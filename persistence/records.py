@@ -110,12 +110,16 @@ class PassageText:
 class Changes:
     """What happened to a bank's passages after some generation, up to ``generation``.
 
-    Apply ``removed`` after ``added``: a passage that came and went in between may be in both.
+    Apply ``removed`` after ``added``: a passage that came and went in between may be in both. Where it is
+    ``complete``, ``added`` is all there is: what else was known before is gone. Where ``grew``, every commit
+    in between brought passages and took none away, so whatever was read before still stands.
     """
 
     generation: int
     added: tuple[PassageRecord, ...]
     removed: tuple[int, ...]
+    complete: bool = False
+    grew: bool = False
 
 
 @dataclass(frozen=True, slots=True)

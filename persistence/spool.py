@@ -20,9 +20,9 @@ __all__ = ["Spool"]
 
 
 class Spool:
-    """Blocks put in by any thread and taken out once each; ``folder`` None keeps them in a temporary one."""
+    """Blocks put in by any thread and taken out once each, in a file of ``folder``."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._file: IO[bytes] | None = None
         self._lock = threading.Lock()
@@ -31,10 +31,9 @@ class Spool:
 
     def put(self, number: int, block: bytes) -> StagedStates:
         """Set the block of passage ``number`` aside."""
-        with self._lock, guarded("set states aside in", self._folder or Path("memory")):
+        with self._lock, guarded("set states aside in", self._folder):
             if self._file is None:
-                if self._folder is not None:
-                    self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115, closed by close()
             staged = StagedStates(number, self._end, len(block))
             write_at(self._file.fileno(), block, staged.offset)
@@ -44,7 +43,7 @@ class Spool:
 
     def read(self, staged: StagedStates) -> bytes:
         """A block as it was put; StorageError for one that is not here or was taken."""
-        with self._lock, guarded("read states set aside in", self._folder or Path("memory")):
+        with self._lock, guarded("read states set aside in", self._folder):
             if self._file is None or staged not in self._waiting:
                 raise StorageError(
                     f"the staged states of passage {staged.number} are not here; add a document to the "
@@ -57,7 +56,7 @@ class Spool:
         with self._lock:
             self._waiting.discard(staged)
             if self._file is not None and not self._waiting:
-                with guarded("empty", self._folder or Path("memory")):
+                with guarded("empty", self._folder):
                     truncate(self._file.fileno(), 0)
                 self._end = 0
 

@@ -89,6 +89,6 @@ class StateReader:
             raise StateDamagedError(
                 f"the states of document {current.document_id!r} in namespace {current.namespace!r}, passage "
                 f"{current.number}, are damaged: {damage} (block of {current.length} bytes at byte "
-                f"{current.offset} of {current.segment}); run verify with repair, or update the document "
-                "with its own text, to encode it again"
+                f"{current.offset} of {current.segment!a:.64}); run verify with repair, or update the "
+                "document with its own text, to encode it again"
             ) from damage

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
 import numpy as np
 from sqlalchemy import ColumnElement, Connection, Select, and_, func, select
 
-from msa_memory.persistence import bank_rows
+from msa_memory.persistence import bank_rows, document_rows, passage_rows
 from msa_memory.persistence.document_rows import matches, visible
-from msa_memory.persistence.filters import Filter
+from msa_memory.persistence.filters import Filter, apart_from_ids
+from msa_memory.persistence.statements import chunks
 from msa_memory.persistence.tables import documents, passages, tombstones
 
 __all__ = ["Numbers", "Visibility"]
@@ -51,7 +53,19 @@ class Visibility:
         tree: Filter | None,
         now: datetime,
     ) -> Numbers:
-        """Sorted passage numbers, read-only, of the documents that match and have not expired by ``now``."""
+        """Sorted passage numbers, read-only, of the documents that match and have not expired by ``now``.
+
+        Ids that a filter leaves out are taken off a look without them: the turns of a conversation, each of
+        which leaves out what was just said, share one.
+        """
+        base, ids = apart_from_ids(tree)
+        numbers = self._kept(connection, namespace, base, now)
+        if ids:
+            numbers = np.setdiff1d(numbers, _of_documents(connection, namespace, ids), assume_unique=True)
+            numbers.flags.writeable = False
+        return numbers
+
+    def _kept(self, connection: Connection, namespace: str, tree: Filter | None, now: datetime) -> Numbers:
         name = (namespace, repr(tree))
         with self._lock:
             before = self._seen.get(name)
@@ -60,6 +74,8 @@ class Visibility:
             seen = _look(connection, namespace, tree, now, generation)
         elif before.generation == generation and not _expires(before, now):
             return before.numbers
+        elif before.generation < passage_rows.oldest_followed(connection):
+            seen = _look(connection, namespace, tree, now, generation)  # removals since left no tombstones
         else:
             seen = _look_again(connection, namespace, tree, now, generation, before)
         seen.numbers.flags.writeable = False
@@ -116,6 +132,14 @@ def _numbers(namespace: str, condition: ColumnElement[bool]) -> Select[tuple[int
         .join(documents, passages.c.document == documents.c.key)
         .where(*inside, condition)
     )
+
+
+def _of_documents(connection: Connection, namespace: str, ids: Iterable[str]) -> Numbers:
+    found = [
+        _array(connection, select(passages.c.number).where(passages.c.document.in_(keys)))
+        for keys in chunks(document_rows.keys(connection, namespace, ids).values())
+    ]
+    return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
 
 
 def _next_expiry(connection: Connection, namespace: str, now: datetime) -> datetime | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 from sqlalchemy import Connection
 
@@ -25,14 +26,15 @@ from msa_memory.persistence.spool import Spool
 __all__ = ["Sizes", "Writer"]
 
 Sizes = Mapping[str, int]
+T = TypeVar("T")
 
 _COMPACT_BELOW = 0.75  # a segment is rewritten when less than this share of it is alive
 
 
 class Writer:
-    """Writes to one open bank. Everything but ``held`` and ``locked`` is called inside one of them."""
+    """Writes to one open bank. Everything else is called inside ``held``, ``held_after`` or ``locked``."""
 
-    def __init__(self, bank: OpenBank, spool: Spool) -> None:
+    def __init__(self, bank: OpenBank, spool: Spool | None) -> None:
         self._bank_id = bank.identity.bank_id
         self._identity = bank.identity
         self._database, self._segments = bank.database, bank.segments
@@ -41,19 +43,27 @@ class Writer:
 
     @contextmanager
     def held(self) -> Iterator[Sizes]:
+        """``held_after`` without a look; yields the sizes."""
+        with self.held_after(lambda connection: None) as (sizes, _):
+            yield sizes
+
+    @contextmanager
+    def held_after(self, look: Callable[[Connection], T]) -> Iterator[tuple[Sizes, T]]:
         """Hold the writer lock on a bank that lost nothing and has no unfinished write.
 
-        Yields the committed size of every segment. If the block fails, states it appended are cut off again.
+        Yields the committed size of every segment, and what ``look`` found in the transaction that checked
+        the bank. If the block fails, states it appended are cut off again.
         """
         with self._lock.held():
             with self.checked_reading() as connection:
                 unfinished = segment_rows.has_pending(connection)
                 sizes = segment_rows.sizes(connection)
+                found = look(connection)
             if unfinished:
                 self.erase()
             self._segments.cut(sizes)
             try:
-                yield sizes
+                yield sizes, found
             except BaseException:
                 with suppress(MSAError):
                     self._cut()
@@ -110,10 +120,14 @@ class Writer:
             raise ConfigError(
                 f"passage {passage.number} was given the staged states of passage {passage.states.number}"
             )
+        if self._spool is None:
+            raise ConfigError("a bank in memory has no staged states; give the ones that stage returned")
         return self._spool.read(passage.states)
 
     def drop_staged(self, documents: Iterable[NewDocument]) -> None:
         """Let go of staged states that are stored now."""
+        if self._spool is None:
+            return
         for document in documents:
             for passage in document.passages:
                 if isinstance(passage.states, StagedStates):
@@ -160,6 +174,7 @@ class Writer:
             if sparse and len(sparse) == len(sizes) and not places:  # names are never used twice
                 segment_rows.add_segment(commit.connection, next_name(sizes))
             fold(commit)
+            passage_rows.drop_tombstones(commit.connection)
             commit.note("compact", None, count=len(sparse))
         self._segments.remove(sparse)
 

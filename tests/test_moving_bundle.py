@@ -429,21 +429,24 @@ def test_expired_documents_stay(target: MemoryModel, tmp_path: Path) -> None:
 
 
 def test_exporting_while_others_write(memory: MemoryModel, tmp_path: Path) -> None:
-    """Every document of the bundle is one that there was, whole."""
-    texts = {f"n{i}": [f"{word} {i} " * 30 for word in ("first", "second")] for i in range(60)}
-    memory.add_many([{"id": id, "content": first} for id, (first, _) in texts.items()])
-    stop = threading.Event()
+    """The bundle holds the texts of the moment it began, less what was forgotten meanwhile."""
+    texts = {f"n{i}": f"Number {i} says this. " * 30 for i in range(40)}
+    others = {document.id for document in memory.list(limit=1000)}
+    memory.add_many([{"id": id, "content": text} for id, text in texts.items()])
+    session = memory.session("log")
+    begun, gone = threading.Event(), []
     failures: list[BaseException] = []
 
     def change() -> None:
         try:
-            for index, (id, (_, second)) in enumerate(texts.items()):
-                if stop.is_set():
-                    return
-                if index % 2:
+            begun.wait(60)
+            for i, id in enumerate(texts):
+                session.append("user", f"Changing {id}.")
+                if i % 2:
                     memory.forget(id)
+                    gone.append(id)
                 else:
-                    memory.update(id, second)
+                    memory.update(id, f"Number {i} says something else.")
         except BaseException as error:
             failures.append(error)
 
@@ -451,18 +454,40 @@ def test_exporting_while_others_write(memory: MemoryModel, tmp_path: Path) -> No
     thread.start()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporting, "PART_DOCUMENTS", 4)
-        memory.export(tmp_path / "out.msa")
-    stop.set()
+        pieces = iter(exporting.Export(memory._shared.store, "default", beside=tmp_path))
+        export = [next(pieces)]  # the moment
+        begun.set()
+        for piece in pieces:
+            export.append(piece)
+            if len(export) == 5:
+                thread.join()
     thread.join()
     assert not failures
+    assert len(gone) == 20
+    (tmp_path / "out.msa").write_bytes(b"".join(export))
     with open_memory() as copy:
-        assert copy.import_bundle(tmp_path / "out.msa").encoded == 0
+        receipt = copy.import_bundle(tmp_path / "out.msa")
         assert copy.verify() == ()
-        for document in copy.list(limit=1000):
-            if document.id in texts:
-                assert document.text in texts[document.id]
-                assert document.version == 1 + texts[document.id].index(document.text)
-        assert all(id in {doc.id for doc in copy.list(limit=1000)} for id in FACTS)
+        found = {document.id: document for document in copy.list(limit=1000)}
+        assert found.keys() - texts.keys() == others
+        assert texts.keys() - found.keys() <= set(gone)
+        for id in texts.keys() & found.keys():
+            assert (found[id].text, found[id].version) == (texts[id], 1)
+        assert copy.session("log").messages() == []
+        assert receipt.encoded > 0, "the states of what was replaced meanwhile are gone"
+        for id in FACTS:
+            assert copy.search(found[id].text, k=1)[0].id == id
+
+
+def test_an_export_holds_nobody_up(memory: MemoryModel, tmp_path: Path) -> None:
+    """While the file is written there is no transaction: forgetting erases at once."""
+    pieces = iter(exporting.Export(memory._shared.store, "default", beside=tmp_path))
+    next(pieces)
+    id = next(iter(FACTS))
+    receipt = memory.forget(id)
+    assert receipt.erased_at is not None
+    rest = b"".join(pieces)
+    assert FACTS[id].encode() not in rest
 
 
 # files nobody should trust

@@ -2,13 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
+from types import TracebackType
+from typing import Self
 
 from msa_memory.engine.engine import Engine
 from msa_memory.errors import InvalidDocumentError
-from msa_memory.persistence import NewPassage
+from msa_memory.persistence import NewPassage, StagedStates, Store
+from msa_memory.types import TensorBytes
 
-__all__ = ["encode_text"]
+__all__ = ["HELD_BYTES", "Holding", "encode_text"]
+
+HELD_BYTES = 16 * 1024 * 1024
+"""States that wait in memory for one commit; what comes on top of them waits on disk."""
+
+States = Mapping[str, TensorBytes]
+
+
+class Holding:
+    """The states of passages from their encoding to their commit, whatever the length of the texts.
+
+    A ``with`` block around both: what was set aside and not stored by its end is let go of. ``fingerprint``
+    is that of the model that made them, None for the bank's own.
+    """
+
+    def __init__(self, store: Store, *, fingerprint: str | None = None) -> None:
+        self._store, self._fingerprint = store, fingerprint
+        self._held_bytes = 0
+        self._staged: list[StagedStates] = []
+
+    def hold(self, number: int, states: States) -> States | StagedStates:
+        """The states of passage ``number`` to store it with: themselves, or where they wait."""
+        size_bytes = sum(len(tensor.data) for tensor in states.values())
+        if self._held_bytes + size_bytes <= HELD_BYTES:
+            self._held_bytes += size_bytes
+            return states
+        staged = self._store.stage(number, states, fingerprint=self._fingerprint)
+        if isinstance(staged, StagedStates):
+            self._staged.append(staged)
+        return staged
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._store.unstage(self._staged)
 
 
 def encode_text(
@@ -19,8 +59,11 @@ def encode_text(
     passage_tokens: int,
     reserve: Callable[[int], range],
     what: str,
+    hold: Callable[[int, States], States | StagedStates] | None = None,
 ) -> Generator[None, None, list[NewPassage]]:
     """Passages of ``text`` with fresh numbers from ``reserve``; yields after each.
+
+    ``hold`` says where the states of a passage wait (``Holding.hold``); in memory when None.
 
     Raises:
         InvalidDocumentError: the model can read no character of it; ``what`` names it.
@@ -30,7 +73,7 @@ def encode_text(
         raise InvalidDocumentError(f"{what} has no character this model can read")
     passages = []
     for span, number in zip(spans, reserve(len(spans)), strict=True):
-        states = engine.encode(number, header, text[span.start : span.end])
+        states = engine.encode(number, header, text[span.start : span.end]).to_bytes()
         passages.append(
             NewPassage(
                 start=span.start,
@@ -38,7 +81,7 @@ def encode_text(
                 tokens=span.tokens,
                 number=number,
                 header=header,
-                states=states.to_bytes(),
+                states=states if hold is None else hold(number, states),
             )
         )
         yield

@@ -1,17 +1,24 @@
 """A namespace as one bundle file: what goes into it, and how the file appears whole or not at all.
 
-Documents are copied a part at a time in short transactions, so that neither writers nor erasure wait: each
-is in the bundle whole, as it was at some moment of the export; what is forgotten meanwhile may be left out.
+The rows are those of one moment: they are set aside in one transaction, which is as short as copying text can
+be, and the states follow without one, so that neither writers nor erasure wait for the file. What is
+forgotten meanwhile is left out; what is given another text meanwhile goes with the text it had, without the
+states of it, which are gone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import fcntl
+import json
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path, PurePath
+from typing import IO
 
 import aiofiles
 
@@ -19,7 +26,7 @@ from msa_memory.errors import ConfigError, LockedError, NotFoundError, StateDama
 from msa_memory.moving.container import BundleWriter
 from msa_memory.moving.lines import document_lines, message_line
 from msa_memory.moving.tensors import tensor_file
-from msa_memory.persistence import Bundles, Store, StoredDocument
+from msa_memory.persistence import Bundles, PassageRecord, Store, StoredDocument
 from msa_memory.persistence.disk import guarded, sync, sync_folder
 from msa_memory.types import ExportReceipt, TensorBytes
 
@@ -32,19 +39,46 @@ PART_MESSAGES = 1000
 States = dict[int, dict[str, TensorBytes]]
 
 
-class Export:
-    """Iterate it for the pieces of the bundle; ``receipt`` says afterwards what is in it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    """A message, or a document with its versions, as it was when the export began."""
 
-    def __init__(self, store: Store, namespace: str) -> None:
+    kind: str
+    part: int
+    key: int
+    """Of its row."""
+    stamp: str = ""
+    """Of a message, whose key may be given to another one."""
+    id: str = ""
+    versions: int = 0
+    passages: tuple[int, ...] = ()
+    """Their numbers, in reading order."""
+    lines: int
+    """How many of them follow."""
+
+
+class Export:
+    """Iterate it for the pieces of the bundle; ``receipt`` says afterwards what is in it.
+
+    ``beside`` is the folder for what is set aside meanwhile, in a file without a name.
+    """
+
+    def __init__(self, store: Store, namespace: str, *, beside: Path | None = None) -> None:
         self._store, self._rows, self._namespace = store, Bundles(store), namespace
+        self._beside = beside
         self._writer = BundleWriter()
         self._counts = dict.fromkeys(("documents", "versions", "passages", "messages"), 0)
         self._without_states: list[str] = []
 
     def __iter__(self) -> Iterator[bytes]:
-        messages_end, documents_end = self._rows.ends(self._namespace)
-        yield from self._messages(messages_end)
-        yield from self._documents(documents_end)
+        with tempfile.TemporaryFile(dir=self._beside) as aside:
+            for entry, lines in self._rows_of_now():
+                aside.write(json.dumps(asdict(entry)).encode() + b"\n")
+                aside.writelines(lines)
+            aside.seek(0)
+            for (kind, part), group in groupby(_read(aside), key=lambda each: (each[0].kind, each[0].part)):
+                write = self._write_messages if kind == "messages" else self._write_documents
+                yield from write(part, list(group))
         identity = self._store.identity
         yield from self._writer.finish(
             {
@@ -68,62 +102,90 @@ class Export:
             **self._counts,
         )
 
-    def _messages(self, end: int) -> Iterator[bytes]:
-        after, part = 0, 0
-        while rows := self._rows.messages(self._namespace, after, end, PART_MESSAGES):
-            part += 1
-            yield from self._writer.member(
-                f"messages-{part:06d}.jsonl", (message_line(message) for _, message in rows)
-            )
-            self._counts["messages"] += len(rows)
-            after = rows[-1][0]
+    def _rows_of_now(self) -> Iterator[tuple[_Entry, list[bytes]]]:
+        """Every message and document of one moment, with its lines, in the parts of the bundle."""
+        with self._rows.snapshot(self._namespace) as snapshot:
+            after = part = 0
+            while found := snapshot.messages(after, PART_MESSAGES):
+                part, after = part + 1, found[-1][0]
+                for key, stamp, message in found:
+                    yield _message_entry(part, key, stamp), [message_line(message)]
+            after, part = -1, 0
+            while rows := snapshot.documents(after, limit=PART_DOCUMENTS, most_bytes=PART_BYTES):
+                part, after = part + 1, rows[-1][0]
+                for key, stored in rows:
+                    yield _document_entry(part, key, stored), list(document_lines(stored))
 
-    def _documents(self, end: int) -> Iterator[bytes]:
-        after, part = -1, 0
+    def _write_messages(self, part: int, entries: list[tuple[_Entry, list[bytes]]]) -> Iterator[bytes]:
+        left = self._rows.messages_left({entry.key: entry.stamp for entry, _ in entries})
+        lines = [line for entry, lines in entries if entry.key in left for line in lines]
+        yield from self._writer.member(f"messages-{part:06d}.jsonl", lines)
+        self._counts["messages"] += len(lines)
+
+    def _write_documents(self, part: int, entries: list[tuple[_Entry, list[bytes]]]) -> Iterator[bytes]:
+        states = self._states([entry for entry, _ in entries])
+        left = [(entry, lines) for entry, lines in entries if entry.key in states]
+        tensors = {
+            f"{index}.{ordinal}.{name}": tensor
+            for index, (entry, _) in enumerate(left)
+            for ordinal, number in enumerate(entry.passages)
+            for name, tensor in states[entry.key].get(number, {}).items()
+        }
+        for entry, _ in left:
+            self._count(entry, states[entry.key])
+        yield from self._writer.member(f"documents-{part:06d}.jsonl", (line for _, ls in left for line in ls))
+        yield from self._writer.member(f"states-{part:06d}.safetensors", tensor_file(tensors))
+
+    def _states(self, entries: list[_Entry]) -> dict[int, States]:
+        """The states of documents by row key and passage number, without what was forgotten meanwhile.
+
+        None for a document that was given other passages meanwhile, or whose states are damaged.
+        """
         while True:
-            rows, states = self._part(after, end)
-            if not rows:
-                return
-            part += 1
-            yield from self._write_part(part, [document for _, document in rows], states)
-            after = rows[-1][0]
+            records = self._rows.records([entry.key for entry in entries])
+            with suppress(NotFoundError):  # something more was forgotten or replaced: look again
+                return {
+                    entry.key: self._states_of(entry, records[entry.key])
+                    for entry in entries
+                    if entry.key in records
+                }
 
-    def _part(self, after: int, end: int) -> tuple[list[tuple[int, StoredDocument]], States]:
-        """The next documents with the states they had when they were read."""
-        while True:
-            rows = self._rows.documents(
-                self._namespace, after, end, limit=PART_DOCUMENTS, most_bytes=PART_BYTES
-            )
-            states: States = {}
-            with suppress(NotFoundError):  # one of them was forgotten or replaced meanwhile: read them again
-                for _, document in rows:
-                    states |= self._states(document)
-                return rows, states
-
-    def _states(self, document: StoredDocument) -> States:
-        """A document's states by passage number; none where some are damaged."""
+    def _states_of(self, entry: _Entry, records: Mapping[int, PassageRecord]) -> States:
+        if any(number not in records for number in entry.passages):
+            return {}
         try:
-            return {record.number: dict(self._store.states(record)) for record, _ in document.passages}
+            return {number: dict(self._store.states(records[number])) for number in entry.passages}
         except StateDamagedError:
             return {}
 
-    def _write_part(self, part: int, documents: list[StoredDocument], states: States) -> Iterator[bytes]:
-        tensors = {}
-        for index, document in enumerate(documents):
-            for ordinal, (record, _) in enumerate(document.passages):
-                for name, tensor in states.get(record.number, {}).items():
-                    tensors[f"{index}.{ordinal}.{name}"] = tensor
-            self._count(document, states)
-        lines = (line for document in documents for line in document_lines(document))
-        yield from self._writer.member(f"documents-{part:06d}.jsonl", lines)
-        yield from self._writer.member(f"states-{part:06d}.safetensors", tensor_file(tensors))
-
-    def _count(self, document: StoredDocument, states: States) -> None:
+    def _count(self, entry: _Entry, states: States) -> None:
         self._counts["documents"] += 1
-        self._counts["versions"] += len(document.versions)
-        self._counts["passages"] += len(document.passages)
-        if any(record.number not in states for record, _ in document.passages):
-            self._without_states.append(document.document.id)
+        self._counts["versions"] += entry.versions
+        self._counts["passages"] += len(entry.passages)
+        if any(number not in states for number in entry.passages):
+            self._without_states.append(entry.id)
+
+
+def _message_entry(part: int, key: int, stamp: str) -> _Entry:
+    return _Entry(kind="messages", part=part, key=key, stamp=stamp, lines=1)
+
+
+def _document_entry(part: int, key: int, stored: StoredDocument) -> _Entry:
+    return _Entry(
+        kind="documents",
+        part=part,
+        key=key,
+        id=stored.document.id,
+        versions=len(stored.versions),
+        passages=tuple(record.number for record, _ in stored.passages),
+        lines=len(stored.versions) + 1,
+    )
+
+
+def _read(aside: IO[bytes]) -> Iterator[tuple[_Entry, list[bytes]]]:
+    while head := aside.readline():
+        entry = _Entry(**json.loads(head))
+        yield entry, [aside.readline() for _ in range(entry.lines)]
 
 
 def export_to(path: Path, export: Export, *, overwrite: bool) -> ExportReceipt:

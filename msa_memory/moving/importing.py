@@ -28,7 +28,7 @@ from msa_memory.errors import (
     StorageError,
 )
 from msa_memory.moving.container import BundleReader, chunks
-from msa_memory.moving.encoding import encode_text
+from msa_memory.moving.encoding import Holding, encode_text
 from msa_memory.moving.lines import DocumentLine, read_documents, read_messages
 from msa_memory.moving.tensors import TensorFileError, read_tensors
 from msa_memory.persistence import Arrival, Bundles, NewDocument, NewPassage, Store, StoredMessage
@@ -87,6 +87,9 @@ class Import:
     _counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("added", "replaced", "unchanged", "skipped", "encoded"), 0)
     )
+
+    def __post_init__(self) -> None:
+        self._holding = Holding(self.store)
 
     def steps(self) -> Generator[None, None, ImportReceipt]:
         """Check everything, then store it.
@@ -165,14 +168,15 @@ class Import:
         states = self._states(name.replace("documents-", "states-").replace(".jsonl", ".safetensors"))
         taken = self._taken(lines)
         arrivals = []
-        for index, line in enumerate(lines):
-            old = taken[line.document.id][1] if line.document.id in taken else None
-            kind = self._kind(line, old)
-            self._counts[kind] += 1
-            if kind in ("added", "replaced"):
-                arrival = yield from self._arrival(line, index, states, engine, encode)
-                arrivals.append(replace(arrival, replaces=None if old is None else old.version))
-        Bundles(self.store).bring(arrivals)
+        with Holding(self.store) as self._holding:
+            for index, line in enumerate(lines):
+                old = taken[line.document.id][1] if line.document.id in taken else None
+                kind = self._kind(line, old)
+                self._counts[kind] += 1
+                if kind in ("added", "replaced"):
+                    arrival = yield from self._arrival(line, index, states, engine, encode)
+                    arrivals.append(replace(arrival, replaces=None if old is None else old.version))
+            Bundles(self.store).bring(arrivals)
         return len(lines)
 
     def _kind(self, line: DocumentLine, old: Document | None) -> str:
@@ -195,6 +199,7 @@ class Import:
                 passage_tokens=self.config.passage_tokens,
                 reserve=self.store.reserve_numbers,
                 what=f"document {line.document.id!r}",
+                hold=self._holding.hold,
             )
         else:
             passages = self._as_they_are(line, held, engine)

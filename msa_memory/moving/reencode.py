@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 
 from msa_memory.engine.engine import Engine
-from msa_memory.moving.encoding import encode_text
+from msa_memory.moving.encoding import Holding, encode_text
 from msa_memory.persistence import Reencoding, Store
 from msa_memory.progress import progress_reporter
 from msa_memory.types import ReencodeReceipt
@@ -40,17 +40,19 @@ def reencode_steps(
         while True:
             while batch := work.waiting(BATCH_DOCUMENTS):
                 done = []
-                for waiting in batch:
-                    passages = yield from encode_text(
-                        engine,
-                        waiting.document.text,
-                        waiting.header,
-                        passage_tokens=passage_tokens,
-                        reserve=store.reserve_numbers,
-                        what=f"document {waiting.document.id!r}",
-                    )
-                    done.append((waiting, passages))
-                work.put(done)
+                with Holding(store, fingerprint=engine.fingerprint) as holding:
+                    for waiting in batch:
+                        passages = yield from encode_text(
+                            engine,
+                            waiting.document.text,
+                            waiting.header,
+                            passage_tokens=passage_tokens,
+                            reserve=store.reserve_numbers,
+                            what=f"document {waiting.document.id!r}",
+                            hold=holding.hold,
+                        )
+                        done.append((waiting, passages))
+                    work.put(done)
                 encoded += len(done)
                 report(max(0, total - work.count_waiting()))
             if work.finish(model, {"name": engine.name}):

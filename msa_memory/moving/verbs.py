@@ -41,17 +41,18 @@ class MovingVerbs:
     def export(self, path: str | Path, *, overwrite: bool = False) -> ExportReceipt:
         """Write this namespace to one file: texts, versions, states, sessions; no other namespace.
 
-        The file appears whole or not at all. Others may write meanwhile: each document is in it as it was
-        at some moment of the export.
+        The file appears whole or not at all. Others may write meanwhile: everything is in it as it was when
+        the export began, except what is forgotten before it is written. A document whose text changes
+        meanwhile goes without its states (``without_states``); importing it makes them anew.
 
         Raises:
             StorageError: the file exists and ``overwrite`` is false, or cannot be written.
         """
-        return export_to(_path(path), _export(self), overwrite=overwrite)
+        return export_to(_path(path), _export(self, path), overwrite=overwrite)
 
     async def aexport(self, path: str | Path, *, overwrite: bool = False) -> ExportReceipt:
         """Async twin of ``export``."""
-        return await aexport_to(_path(path), _export(self), overwrite=overwrite)
+        return await aexport_to(_path(path), _export(self, path), overwrite=overwrite)
 
     def import_bundle(
         self,
@@ -195,9 +196,9 @@ def _writable(verbs: MovingVerbs) -> MemoryModel:
     return memory
 
 
-def _export(verbs: MovingVerbs) -> Export:
+def _export(verbs: MovingVerbs, path: str | Path) -> Export:
     memory = _memory(verbs)
-    return Export(memory._store, memory._namespace)
+    return Export(memory._store, memory._namespace, beside=_path(path).parent)
 
 
 def _import(

@@ -2,19 +2,25 @@
 
 import random
 import shutil
+import sqlite3
 from collections.abc import Callable
 from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
 
-from msa_memory.errors import MSAError
-from msa_memory.persistence import Store
+from msa_memory.errors import MSAError, StateDamagedError
+from msa_memory.persistence import PassageRecord, Store
 
 IDS = [f"doc{i}" for i in range(12)]
 PARTIAL = ("changes", "passages", "states")
 """Reads that go on with what is there where the store has said that something is lost."""
 WHERES = [{"even": True}, {"i": {"$gte": 6}}, {"tags": "odd"}, {"$source": "chat"}]
+
+
+def placeless(record: PassageRecord) -> PassageRecord:
+    """Without the place of its states: a wrong one is named when it is followed, which ``states`` does."""
+    return replace(record, segment="", offset=0)
 
 
 def reads() -> dict[str, Callable[[Store], object]]:
@@ -28,8 +34,12 @@ def reads() -> dict[str, Callable[[Store], object]]:
 
     def changes(store: Store) -> object:
         """Without document ids, which are checked with the text, and rows whose states are refused."""
-        return {astuple(replace(record, document_id="")) for record in store.changes(0).added
+        return {astuple(replace(placeless(record), document_id="")) for record in store.changes(0).added
                 if record.checksum >= 0}  # fmt: skip
+
+    def passages(store: Store) -> object:
+        found = store.passages(store.visible("default").tolist())
+        return {number: replace(each, record=placeless(each.record)) for number, each in found.items()}
 
     found: dict[str, Callable[[Store], object]] = {
         "identity": lambda store: store.identity,
@@ -40,7 +50,7 @@ def reads() -> dict[str, Callable[[Store], object]]:
         "exists": lambda store: store.exists("default", [*IDS, "none"]),
         "other": lambda store: list(store.list("other")),
         "namespaces": lambda store: store.namespaces(),
-        "passages": lambda store: store.passages(store.visible("default").tolist()),
+        "passages": passages,
         "states": states,
         "stats": lambda store: (store.stats("default").passages, store.stats("default").tokens),
     }
@@ -125,6 +135,31 @@ def check(folder: Path, expected: dict[str, object], done: str) -> bool:
         return bool(named or store.damage)
 
 
+@pytest.mark.parametrize(
+    ("column", "value"), [("segment", "segme\udc91t-00000001.seg"), ("segment", "../lock"), ("offset", 3)]
+)
+def test_a_wrong_place_is_named_when_it_is_followed(tmp_path, new, column, value):
+    """The one part of a passage's row that its stamp does not cover."""
+    fill(tmp_path / "bank", new, close=True)
+    with sqlite3.connect(tmp_path / "bank" / "catalog.sqlite3") as catalog:
+        data = value.encode(errors="surrogateescape") if isinstance(value, str) else value
+        changed = f"UPDATE passages SET {column} = CAST(? AS TEXT) WHERE number = 4"
+        catalog.execute(
+            changed if isinstance(value, str) else changed.replace("CAST(? AS TEXT)", "?"), (data,)
+        )
+    catalog.close()
+    with Store.open(tmp_path / "bank") as store:
+        record = next(record for record in store.changes(0).added if record.number == 4)
+        with pytest.raises(StateDamagedError, match=r"'doc2'.*passage 4") as damage:
+            store.states(record)
+        (problem,) = store.verify()
+        assert problem == str(damage.value)
+        assert problem.encode().decode() == problem, "it can be printed"
+        for other in store.changes(0).added:
+            if other.number != 4:
+                store.states(other)
+
+
 @pytest.mark.parametrize("closed", [True, False], ids=["closed", "killed"])
 @pytest.mark.parametrize(
     "count", [pytest.param(100, marks=pytest.mark.slow), pytest.param(2000, marks=pytest.mark.soak)]
@@ -151,4 +186,5 @@ def test_random_damage_is_named_or_harmless(tmp_path, new, closed, count):
         name = generator.choice([*files, *[file for file in files if file.name.startswith("catalog")] * 3])
         named += check(copy, expected, damage(copy / name, generator))
         shutil.rmtree(copy)
+    print(f"{count} damages: {named} named, {count - named} harmless")
     assert named > 10

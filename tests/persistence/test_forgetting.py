@@ -5,10 +5,12 @@ import threading
 from pathlib import Path
 
 import pytest
+from sqlalchemy import func, select
 
 from msa_memory.errors import ConfigError, InvalidFilterError, NotFoundError, StorageError
 from msa_memory.persistence import Store
 from msa_memory.persistence.segments import FileSegments
+from msa_memory.persistence.tables import tombstones
 
 
 def files_with(folder: Path, needle: bytes) -> list[str]:
@@ -87,6 +89,36 @@ def test_tombstones_tell_other_readers(any_store, new):
     assert delta.removed == tuple(record.number for record in seen.added if record.document_id == "a")
     assert [record.document_id for record in delta.added] == ["a"]
     assert not {record.number for record in delta.added} & set(delta.removed)
+
+
+def test_compact_drops_tombstones_and_late_readers_compare_all_there_is(any_store, new):
+    def kept() -> int:
+        with any_store._database.reading() as connection:
+            return connection.execute(select(func.count()).select_from(tombstones)).scalar_one()
+
+    any_store.add([new(any_store, f"d{i}", parts=2) for i in range(10)])
+    early = any_store.changes(0)
+    assert early.complete
+    any_store.forget("default", ids=[f"d{i}" for i in range(5)])
+    assert not any_store.changes(early.generation).complete
+    just_before = any_store.generation()
+    any_store.compact()
+    assert kept() == 1, "the highest number ever given out stays known"
+    late = any_store.changes(early.generation)
+    assert late.complete
+    assert [record.document_id for record in late.added] == [f"d{i}" for i in range(5, 10) for _ in range(2)]
+    assert late.removed == ()
+    for seen in (just_before, any_store.generation()):
+        delta = any_store.changes(seen)
+        assert (delta.complete, delta.added, delta.removed) == (False, (), ())
+    any_store.forget("default", ids=["d9"])
+    delta = any_store.changes(just_before)
+    assert not delta.complete
+    assert delta.removed == tuple(r.number for r in early.added if r.document_id == "d9")
+    any_store.compact()
+    assert kept() == 1
+    assert min(any_store.reserve_numbers(3)) > max(record.number for record in early.added)
+    assert any_store.verify() == ()
 
 
 def test_no_byte_of_a_forgotten_document_remains(folder, store, new, states_of):

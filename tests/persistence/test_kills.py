@@ -107,6 +107,7 @@ def test_kills_lose_nothing_acknowledged(tmp_path, request, database, kills):
                 assert store.verify() == ()
                 for record in store.changes(0).added:
                     store.states(record)
+    print(f"{database}: {kills} kills, {writes} acknowledged writes, none lost, every bank read")
     assert writes > kills
 
 
@@ -138,6 +139,7 @@ def test_processes_and_threads_keep_their_namespaces(tmp_path, request, database
     rounds = [int(word) for output in outputs for word in output.split("rounds")[1].split()]
     assert len(rounds) == 4 * PROCESSES
     assert min(rounds) > 0
+    print(f"{database}: {PROCESSES} x 4 threads for {seconds} s, {sum(rounds)} rounds without an error")
     with Store.open(tmp_path / "bank", catalog_url=url[0] if url else None) as store:
         assert store.verify() == ()
         assert len(store.namespaces()) == 4 * PROCESSES

@@ -15,6 +15,13 @@ from msa_memory.persistence.visibility import Visibility
 
 NOON = datetime(2024, 5, 1, 12, tzinfo=UTC)
 WHERES = (None, {"n": 1}, {"n": True}, {"n": {"$ne": 1}}, {"$or": [{"n": {"$gt": 1}}, {"$source": "chat"}]})
+BESIDE = (
+    {"$id": {"$nin": ["d0", "d2", "none", 7, None]}},
+    {"$and": [{"n": {"$ne": 1}}, {"$id": {"$nin": ["d1"]}}]},
+    {"$id": {"$nin": ["d0"]}, "$and": [{"$id": {"$ne": "d3"}}, {"$id": {"$nin": ["d1", "d0"]}}]},
+    {"$not": {"$id": {"$nin": ["d0", "d1"]}}},
+    {"$or": [{"n": 2}, {"$id": {"$nin": ["d0"]}}]},
+)
 NAMESPACES = ("left", "right")
 
 
@@ -92,6 +99,41 @@ def test_a_look_reads_what_changed_only(store, new):
         assert len(np.setdiff1d(young, old)) == 1
     with pytest.raises(ValueError, match="read-only"):
         after[0][0] = 1
+
+
+@pytest.mark.parametrize("where", BESIDE, ids=str)
+def test_ids_left_out_are_what_a_listing_leaves_out(store, new, where):
+    """A listing compiles the whole filter to SQL; looks take the ids off a look without them."""
+    store.add([new(store, "d0", namespace="other", parts=2)])
+
+    def check() -> None:
+        shown = store.passages(store.visible("default", where).tolist())
+        listed = store.list("default", where, limit=100)
+        assert sorted(shown) == store.visible("default", where).tolist()
+        assert {passage.record.document_id for passage in shown.values()} == {each.id for each in listed}
+        assert len(shown) == 2 * len(listed.items)
+
+    check()
+    for i in range(5):
+        store.add([new(store, f"d{i}", parts=2, metadata={"n": i % 3})])
+        check()
+    store.forget("default", ids=["d1"])
+    store.replace(new(store, "d2", "another text", parts=2, metadata={"n": 1}))
+    check()
+
+
+def test_turns_that_leave_out_other_ids_share_a_look(store, new):
+    store.add([new(store, f"d{i}", metadata={"i": i % 7}) for i in range(300)])
+    for where in (None, {"i": 3}):
+        store.visible("default", where)
+    for turn in range(100):
+        beside = {"$id": {"$nin": [f"d{i}" for i in range(turn, turn + 5)]}}
+        assert len(store.visible("default", beside)) == 295
+        shown = store.visible("default", {"$and": [{"i": 3}, beside]})
+        assert len(shown) == 43 - len({i for i in range(turn, turn + 5) if i % 7 == 3})
+        with pytest.raises(ValueError, match="read-only"):
+            shown[0] = 1
+    assert len(store._visibility._seen) == 2
 
 
 def test_every_process_sees_anothers_changes_at_its_next_look(store, new, again):
