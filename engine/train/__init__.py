@@ -1,4 +1,4 @@
-"""Training of memory models: `python -m msa_memory.engine.train --help`.
+"""Training of memory models: `msa-memory train --help`.
 
 Router training on cached hidden states runs on a CPU in minutes; see ``router``.
 """

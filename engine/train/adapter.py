@@ -8,9 +8,7 @@ run that was killed and resumed ends with the same bits as one that was not.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from msa_memory.engine.adapter import (
@@ -33,9 +29,10 @@ from msa_memory.engine.adapter import (
 )
 from msa_memory.engine.decoder import Decoder
 from msa_memory.engine.train.branches import BranchedRow, answer_losses, forward_branches
-from msa_memory.errors import CheckpointError, ConfigError
+from msa_memory.engine.train.run import Metrics, Paused, Saving, TrainingRun, write_tensors
+from msa_memory.errors import ConfigError
 
-__all__ = ["AdapterTraining", "evaluate", "save_adapter", "train_adapter"]
+__all__ = ["AdapterTraining", "evaluate", "read_and_learn", "save_adapter", "train_adapter"]
 
 Rows = Callable[[int], BranchedRow]
 
@@ -90,6 +87,7 @@ def train_adapter(
     held_out: dict[str, list[BranchedRow]] | None = None,
     evaluate_every: int = 100,
     save_every_s: float = 300.0,
+    deadline: float | None = None,
     report: Callable[[int, dict[str, Any]], None] = lambda step, figures: None,
 ) -> Adapter:
     """Train, or go on with the run in ``out``; the decoder keeps the training modules.
@@ -102,9 +100,11 @@ def train_adapter(
         start: an earlier adapter to go on from; None: one that changes nothing yet.
         data: what stands for the data files in the check that a resumed run is the same run.
         held_out: rows per kind for the losses reported every ``evaluate_every`` steps.
+        deadline: monotonic time from which no further step begins.
         report: called with the step and its figures.
 
     Raises:
+        Paused: the deadline is over; the next call goes on.
         ConfigError: ``out`` holds a run with another recipe or other data.
         CheckpointError: its state is damaged.
     """
@@ -118,12 +118,17 @@ def train_adapter(
         alpha=recipe.alpha,
         seed=recipe.seed,
     )
+    if not modules:
+        raise ConfigError(
+            f"the recipe adapts layers {recipe.first_layer} to {last}, which are none; the model has 0 to "
+            f"{decoder.config.num_layers - 1}"
+        )
     if start is not None:
         continue_from(modules, start)
     run = _Run(modules, recipe, out, hashlib.sha256(f"{asdict(recipe)}\n{data}".encode()).hexdigest())
     done = run.resume()
-    saved_at = time.monotonic()
-    with _Metrics(out / "metrics.jsonl", done) as metrics:
+    saving = Saving(save_every_s, deadline)
+    with Metrics(out / "metrics.jsonl", done) as metrics:
         for step in range(done + 1, recipe.steps + 1):
             started = time.monotonic()
             first = (step - 1) * recipe.rows_per_step
@@ -134,126 +139,81 @@ def train_adapter(
                 figures["held_out"] = evaluate(decoder, held_out, recipe.micro_batch_tokens)
             metrics.write(step, figures)
             report(step, figures)
-            if step == recipe.steps or time.monotonic() - saved_at >= save_every_s:
+            if saving.due() or step == recipe.steps:
                 run.save(step)
-                saved_at = time.monotonic()
+            if saving.over and step < recipe.steps:
+                raise Paused(f"tuning stopped after step {step} of {recipe.steps}")
     return run.adapter()
 
 
 class _Run:
-    """Parameters, optimizer and their checkpoint."""
+    """The adapters of a decoder, trained together and checkpointed."""
 
     def __init__(
         self, modules: dict[str, LowRankLinear], recipe: AdapterTraining, out: Path, identity: str
     ) -> None:
-        self.modules, self.recipe, self.out, self.identity = modules, recipe, out, identity
-        self.parameters = {
+        self.modules, self.recipe, self.out = modules, recipe, out
+        parameters = {
             f"{name}.{side}": getattr(module, side)
             for name, module in modules.items()
             for side in ("lora_a", "lora_b")
         }
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=recipe.learning_rate, betas=recipe.betas, weight_decay=0.0
-        )
+        self.state = TrainingRun(parameters, out, identity, betas=recipe.betas)
 
     def step(self, decoder: Decoder, batch: Sequence[BranchedRow], step: int) -> dict[str, Any]:
         """One update; returns the losses by kind and what was done."""
-        total = sum(_weight(b.answer_tokens) * b.answer_tokens for row in batch for b in row.branches)
-        by_kind: defaultdict[str, list[float]] = defaultdict(list)
-        for part in _micro_batches(batch, self.recipe.micro_batch_tokens):
-            losses = answer_losses(decoder, forward_branches(decoder, part), part)
-            weighted = torch.stack([loss.sum() * _weight(len(loss)) for loss in losses]).sum() / total
-            weighted.backward()
-            _collect(by_kind, part, losses)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.rate(step)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        for module in self.modules.values():
-            module.refresh()
+        by_kind = read_and_learn(decoder, batch, self.recipe.micro_batch_tokens)
+        norm = self.state.step(self.recipe.rate(step), self.recipe.clip)
+        self._refresh()
         return {
             "loss": _mean([loss for losses in by_kind.values() for loss in losses]),
             "losses": {kind: _mean(losses) for kind, losses in sorted(by_kind.items())},
             "questions": sum(len(row.branches) for row in batch),
             "tokens": sum(map(len, batch)),
-            "gradient_norm": float(norm),
+            "gradient_norm": norm,
             "learning_rate": self.recipe.rate(step),
         }
 
     def adapter(self) -> Adapter:
         return adapter_of(self.modules, self.recipe.rank, self.recipe.alpha)
 
-    @property
-    def state_file(self) -> Path:
-        return self.out / "state.safetensors"
-
     def save(self, step: int) -> None:
         """Write the checkpoint; each of its two files appears whole or not at all."""
-        tensors = {}
-        for name, parameter in self.parameters.items():
-            state = self.optimizer.state[parameter]
-            tensors[name] = parameter.detach()
-            tensors[f"{name}.exp_avg"] = state["exp_avg"]
-            tensors[f"{name}.exp_avg_sq"] = state["exp_avg_sq"]
-        _write(self.state_file, tensors, {"step": str(step), "run": self.identity})
+        self.state.save(step)
         save_adapter(self.adapter(), self.out / "adapter.safetensors", {"step": str(step)})
 
     def resume(self) -> int:
         """Load the checkpoint if there is one; returns the steps done."""
-        if not self.state_file.exists():
-            return 0
-        try:
-            with safe_open(self.state_file, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("run") != self.identity:
-                    raise ConfigError(
-                        f"{self.out} holds a run with another recipe or other data; name another folder, or "
-                        "remove it to start anew"
-                    )
-                step = int(metadata["step"])
-                for name, parameter in self.parameters.items():
-                    self._load(file, name, parameter, step)
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise CheckpointError(
-                f"{self.state_file} is damaged: {error}; remove it to start anew"
-            ) from error
-        for module in self.modules.values():
-            module.refresh()
+        step = self.state.resume()
+        self._refresh()
         return step
 
-    def _load(self, file: Any, name: str, parameter: Tensor, step: int) -> None:
-        with torch.no_grad():
-            parameter.copy_(file.get_tensor(name))
-        self.optimizer.state[parameter] = {
-            "step": torch.tensor(float(step)),
-            "exp_avg": file.get_tensor(f"{name}.exp_avg").to(parameter.device),
-            "exp_avg_sq": file.get_tensor(f"{name}.exp_avg_sq").to(parameter.device),
-        }
+    def _refresh(self) -> None:
+        for module in self.modules.values():
+            module.refresh()
 
 
-class _Metrics:
-    """One JSON line per step; lines of steps that a resumed run takes again are dropped."""
+def read_and_learn(
+    decoder: Decoder,
+    batch: Sequence[BranchedRow],
+    micro_batch_tokens: int,
+    *,
+    scale: float = 1.0,
+    collect: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Add the gradients of a batch's answer losses, ``scale`` times; returns the losses by kind.
 
-    def __init__(self, path: Path, done: int) -> None:
-        kept = []
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
-        scratch = path.with_suffix(".partial")
-        scratch.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        scratch.replace(path)
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, step: int, figures: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"step": step, **figures}) + "\n")
-        self._file.flush()
-
-    def __enter__(self) -> _Metrics:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    ``collect`` is called after every micro-batch of at most so many tokens.
+    """
+    total = sum(_weight(b.answer_tokens) * b.answer_tokens for row in batch for b in row.branches)
+    by_kind: defaultdict[str, list[float]] = defaultdict(list)
+    for part in _micro_batches(batch, micro_batch_tokens):
+        losses = answer_losses(decoder, forward_branches(decoder, part), part)
+        weighted = torch.stack([loss.sum() * _weight(len(loss)) for loss in losses]).sum() / total
+        (weighted * scale).backward()
+        collect()
+        _collect(by_kind, part, losses)
+    return by_kind
 
 
 @torch.no_grad()
@@ -271,18 +231,7 @@ def evaluate(
 def save_adapter(adapter: Adapter, path: Path, about: dict[str, str] | None = None) -> None:
     """Write an adapter file in bfloat16, whole or not at all; ``about`` joins its metadata."""
     tensors = {name: tensor.bfloat16() for name, tensor in adapter.tensors().items()}
-    _write(path, tensors, {**adapter.metadata(), **(about or {})})
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    scratch = path.with_suffix(".partial")
-    save_file(
-        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, scratch, metadata=metadata
-    )
-    scratch.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read
-    with scratch.open("rb") as file:
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    write_tensors(path, tensors, {**adapter.metadata(), **(about or {})})
 
 
 def _micro_batches(rows: Sequence[BranchedRow], tokens: int) -> Iterator[list[BranchedRow]]:

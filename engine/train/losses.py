@@ -19,7 +19,7 @@ from msa_memory.engine.config import AUX_LOSSES, MSAConfig
 from msa_memory.engine.train.forward import PackedOutput
 from msa_memory.errors import ConfigError, EngineError
 
-__all__ = ["Losses", "next_token_loss", "router_loss", "training_loss"]
+__all__ = ["IGNORED", "Losses", "next_token_loss", "router_loss", "training_loss"]
 
 IGNORED = -100
 TEMPERATURE_RANGE = (0.001, 0.5)
@@ -107,6 +107,7 @@ def training_loss(
     msa: MSAConfig,
     *,
     num_layers: int,
+    first_layer: int | None = None,
     labels: Labels | None = None,
     relevant: Sequence[Sequence[int] | None] | None = None,
     reconstruction: Labels | None = None,
@@ -118,9 +119,9 @@ def training_loss(
 ) -> Losses:
     """All losses of one batch and their weighted sum; parts whose labels are None are left out.
 
-    Routers below half of the decoder's depth take no part in the auxiliary loss (msa-spec 10).
-
     Args:
+        first_layer: lowest layer whose router takes part in the auxiliary loss; None means half of the
+            decoder's depth (msa-spec 10).
         labels, reconstruction, answer: next-token labels at their own index, -100 ignored.
         relevant: as in ``router_loss``.
         weights: by ``lm``, ``aux``, ``rec`` and ``ans``; ``msa.loss_weights`` when None.
@@ -138,7 +139,7 @@ def training_loss(
             relevant,
             method=msa.aux_loss_method,
             temperature=msa.infonce_temperature if temperature is None else temperature,
-            first_layer=(num_layers + 1) // 2,
+            first_layer=(num_layers + 1) // 2 if first_layer is None else first_layer,
             gamma=gamma,
             bias=bias,
         )

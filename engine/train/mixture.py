@@ -164,6 +164,21 @@ class Mixture:
             return self._memory(anchor, rng)
         return self._text(anchor, rng, both=kind == "both")
 
+    def probe(self, index: int) -> dict[str, BranchedRow]:
+        """One question four ways: ``closed`` book, its passages in ``memory``, as ``text``, or ``both``."""
+        rng = random.Random(f"{self.options.seed}:probe:{index}")
+        anchor = self._anchor(index, rng)
+        asked = self.exercises.asked[anchor]
+        windows = self._windows(anchor, rng, most=1, with_gold=True)
+        answer = _answer([window.text for window in windows], asked, strict=False) or asked.answers[0]
+        text = "\n".join(evidence_entry(window.header, window.day, window.text) for window in windows)
+        documents = tuple(map(self._document, windows))
+        ways = {"closed": ("", ()), "memory": ("", documents), "text": (text, ()), "both": (text, documents)}
+        return {
+            way: self._reading(evidence, [(asked.text, answer, way)], remembered, 0)
+            for way, (evidence, remembered) in ways.items()
+        }
+
     def _anchor(self, index: int, rng: random.Random) -> int:
         """The question a row is built around: every passage in turn before any comes again."""
         epoch, place = divmod(index, len(self._anchors(0)))

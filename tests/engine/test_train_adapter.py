@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+from msa_memory.cli import app
 from msa_memory.engine.adapter import load_adapter
 from msa_memory.engine.bank import MemoryBank, Selection
 from msa_memory.engine.context import Feed, Sequence, advance
@@ -31,7 +32,6 @@ from msa_memory.engine.encoding import encode_passage
 from msa_memory.engine.engine import Engine, load_engine
 from msa_memory.engine.layout import document_header, evidence_entry
 from msa_memory.engine.sampling import SamplingOptions
-from msa_memory.engine.train.__main__ import app
 from msa_memory.engine.train.adapter import AdapterTraining, evaluate, train_adapter
 from msa_memory.engine.train.bm25 import BM25
 from msa_memory.engine.train.branches import Branch, BranchedRow, answer_losses, forward_branches
@@ -534,7 +534,7 @@ def row(number):
     branches = tuple(Branch(tuple(ids[n : n + 9]), 3, "text") for n in (0, 9))
     return BranchedRow(tuple(ids[18:22]), tuple(ids[22:40]), 8, branches, (tuple(ids[40:]),), borrows=2)
 if when == "fsync":  # a checkpoint's scratch file is written, but not yet in its place
-    training.os.fsync = die
+    os.fsync = die
 engine = load_engine(tiny_model(), device="cpu")
 recipe = training.AdapterTraining(**%r)
 training.train_adapter(engine.decoder, row, recipe, out, save_every_s=0.0,
@@ -584,7 +584,16 @@ def test_the_command_trains_an_adapter_that_loads(tmp_path: Path) -> None:
         ],
         "unanswerable": [{"question": t.text, "distractor_passage_id": t.passage} for t in tricks],
     }
-    arguments = ["adapter", "--model", str(tiny_model()), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    arguments = [
+        "train",
+        "adapter",
+        "--model",
+        str(tiny_model()),
+        "--out",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
     for name, rows in files.items():
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         arguments += [f"--{name}", str(tmp_path / name)]

@@ -1,0 +1,173 @@
+"""How the default model is made, from the data files to the files that ship, stage by stage.
+
+One call does as much as its time allows and the next goes on: tuning in two phases, routers on the tuned
+model, a folder that opens, and calibration. Stages that are done, with the same recipe and data, are
+skipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from msa_memory.engine.fingerprint import fingerprint_files
+from msa_memory.engine.models import DEFAULT_MODEL
+from msa_memory.engine.train.adapter import AdapterTraining
+from msa_memory.engine.train.calibrate import CalibrationOptions
+from msa_memory.engine.train.jobs import (
+    AdapterJob,
+    CalibrateJob,
+    RouterJob,
+    Tell,
+    calibrate_files,
+    quiet,
+    train_adapter_files,
+    train_router_files,
+)
+from msa_memory.engine.train.mixture import MixtureOptions
+from msa_memory.engine.train.router import RouterTraining
+from msa_memory.errors import ConfigError
+
+__all__ = ["DefaultModel", "Recipe", "train_default_model"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Everything that decides about the default model beside its data."""
+
+    read: AdapterTraining = field(default_factory=lambda: AdapterTraining(steps=360))
+    read_rows: MixtureOptions = field(default_factory=MixtureOptions)
+    recall: AdapterTraining = field(
+        default_factory=lambda: AdapterTraining(
+            steps=200, rows_per_step=8, micro_batch_tokens=1800, learning_rate=2.5e-4, seed=1
+        )
+    )
+    recall_rows: MixtureOptions = field(
+        default_factory=lambda: MixtureOptions(
+            window=220, row_tokens=900, absent_rows=0.45, alone_rows=0.5, seed=1
+        )
+    )
+    chats: int = 240
+    routers: RouterTraining = field(default_factory=RouterTraining)
+    lexical: bool = False
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DefaultModel:
+    """Where the data is and where the work goes; ``teacher`` is the folder of a text embedder or None."""
+
+    data: Path
+    work: Path
+    recipe: Recipe = field(default_factory=Recipe)
+    model: str = DEFAULT_MODEL
+    teacher: Path | None = None
+    device: str = "auto"
+    deadline: float | None = None
+
+    def files(self, *names: str) -> list[Path]:
+        """Data files by the first part of their names. Raises ConfigError if one is missing."""
+        found = []
+        for name in names:
+            path = next(
+                (p for p in (self.data / f"{name}.jsonl.gz", self.data / f"{name}.jsonl") if p.is_file()),
+                None,
+            )
+            if path is None:
+                raise ConfigError(
+                    f"{self.data} has no {name}.jsonl.gz; it is needed to train the default model"
+                )
+            found.append(path)
+        return found
+
+
+def train_default_model(job: DefaultModel, tell: Tell = quiet) -> Path:
+    """Do what is left to do; returns the folder with router.json, router.safetensors and adapter.safetensors.
+
+    Raises:
+        Paused: the job's deadline is over; the next call goes on.
+        ConfigError: a data file is missing.
+    """
+    passages, questions, unanswerable = (
+        job.files(name) for name in ("train_passages", "train_qa", "unanswerable_qa")
+    )
+    given = fingerprint_files([*passages, *questions, *unanswerable])
+    recipe, work = job.recipe, job.work
+    tuned: Path | None = None
+    for name, training, rows in (
+        ("read", recipe.read, recipe.read_rows),
+        ("recall", recipe.recall, recipe.recall_rows),
+    ):
+        adapter = AdapterJob(
+            passages=passages,
+            questions=questions,
+            unanswerable=unanswerable,
+            out=work / name,
+            model=job.model,
+            start=tuned,
+            chats=recipe.chats,
+            device=job.device,
+            recipe=training,
+            mixture=rows,
+            deadline=job.deadline,
+        )
+        about = [given, asdict(training), asdict(rows), recipe.chats]
+        given = _stage(adapter.out, about, partial(train_adapter_files, adapter, tell))
+        tuned = adapter.out / "adapter.safetensors"
+    assert tuned is not None
+    routers = RouterJob(
+        passages=passages,
+        questions=questions,
+        out=work / "routers",
+        work=work / "hidden",
+        model=job.model,
+        adapter=tuned,
+        lexical=recipe.lexical,
+        teacher=job.teacher,
+        device=job.device,
+        recipe=recipe.routers,
+        deadline=job.deadline,
+    )
+    about = [given, asdict(recipe.routers), recipe.lexical, str(job.teacher is not None)]
+    given = _stage(work / "routers", about, partial(train_router_files, routers, tell))
+    calibration = CalibrateJob(
+        passages=passages,
+        questions=questions,
+        out=work / "calibrated",
+        model=job.model,
+        routers=routers.out,
+        adapter=tuned,
+        device=job.device,
+        options=recipe.calibration,
+        deadline=job.deadline,
+    )
+    about = [given, asdict(recipe.calibration)]
+    _stage(calibration.out, about, partial(calibrate_files, calibration, tell))
+    return _result(job, tuned)
+
+
+def _stage(folder: Path, about: list[Any], do: Callable[[], Any]) -> str:
+    """Do a stage unless it was done the same way; returns a digest of all that led here."""
+    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+    mark = folder / "done"
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != digest:
+        folder.mkdir(parents=True, exist_ok=True)
+        do()
+        mark.write_text(digest, encoding="utf-8")
+    return digest
+
+
+def _result(job: DefaultModel, tuned: Path) -> Path:
+    """The files that ship, side by side; written anew at every call, which takes no time."""
+    folder = job.work / job.model.rsplit("/", 1)[-1]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("router.json", "router.safetensors"):
+        shutil.copyfile(job.work / "routers" / name, folder / name)
+    shutil.copyfile(tuned, folder / "adapter.safetensors")
+    return folder
