@@ -22,6 +22,7 @@ __all__ = [
     "reduce_passages",
     "rms_norm",
     "score_chunks",
+    "score_tiles",
 ]
 
 
@@ -135,16 +136,44 @@ def score_chunks(query: Tensor, keys: Tensor, *, head_reduce: str, query_reduce:
         query = query[-1:]
     if head_reduce == "mean":
         flat = fold_queries(query, keys.shape[1]).to(keys.dtype)
-        scores = (flat @ keys.flatten(1).T).float()  # [T, C]
-    else:
-        scores = _max_over_heads(query.to(keys.dtype), keys)
-    scores = scores.mean(0) if query_reduce == "mean" else scores.amax(0)
+        return _over_tokens(_products(flat, keys), query_reduce) * scale
+    return _over_tokens(_max_over_heads(query.to(keys.dtype), keys), query_reduce) * scale
+
+
+def score_tiles(
+    query: Tensor, keys: Tensor, tile: int, *, head_reduce: str, query_reduce: str, scale: float
+) -> Tensor:
+    """``score_chunks`` in float32, by products of ``tile`` chunks each: ``[C]``.
+
+    Products of one shape give a chunk the same score, bit for bit, whatever stands beside it and however
+    many there are; the last tile is filled up with zeros. What a tile makes stays in the CPU's cache.
+    """
+    if query_reduce == "last":
+        query = query[-1:]
+    query = query.float()
+    flat = fold_queries(query, keys.shape[1])
+    scores = torch.empty(len(keys), device=keys.device)
+    for start in range(0, len(keys), tile):
+        rows = keys[start : start + tile].float()
+        count = len(rows)
+        if count < tile:
+            rows = F.pad(rows, (0, 0, 0, 0, 0, tile - count))
+        products = _products(flat, rows) if head_reduce == "mean" else _max_over_heads(query, rows)
+        scores[start : start + count] = _over_tokens(products, query_reduce)[:count]
     return scores * scale
 
 
 def reduce_passages(scores: Tensor, lengths: Tensor, reduction: str) -> Tensor:
     """Reduce chunk scores ``[C]`` to passages ``[P]``; ``lengths`` ``[P]`` chunks each, all at least 1."""
     return torch.segment_reduce(scores, reduction, lengths=lengths)
+
+
+def _products(flat: Tensor, keys: Tensor) -> Tensor:
+    return (flat @ keys.flatten(1).T).float()  # [T, C]
+
+
+def _over_tokens(scores: Tensor, reduction: str) -> Tensor:
+    return scores.mean(0) if reduction == "mean" else scores.amax(0)
 
 
 def _max_over_heads(query: Tensor, keys: Tensor) -> Tensor:
