@@ -29,7 +29,7 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 from msa_memory.engine import ops  # noqa: E402
-from msa_memory.engine.kernels import decoding, documents, pooling, routing  # noqa: E402
+from msa_memory.engine.kernels import decoding, documents, gathering, pooling, routing  # noqa: E402
 
 DEVICE = torch.device(OPTIONS.device)
 DTYPE = torch.bfloat16
@@ -247,6 +247,33 @@ def measure_decode(limits: dict[str, float]) -> dict[str, float]:
     return against(lambda: decoding.attend_decode(query, context, DIM**-0.5), theirs, moved, limits)
 
 
+def measure_gathering() -> dict[str, float]:
+    """K/V of the chosen passages from pinned host memory; opponent: the host collects them and sends."""
+    questions, rows = (2, 40) if TINY else (64, 1 << 18)
+    keys, values = (torch.randn(rows, GROUPS, DIM).to(DTYPE) for _ in range(2))
+    if CUDA:
+        keys, values = keys.pin_memory(), values.pin_memory()
+    passages, room = rows // PASSAGE_CHUNKS, TOP_K * PASSAGE_CHUNKS
+    firsts = torch.arange(passages, dtype=torch.int32) * PASSAGE_CHUNKS
+    places = torch.stack((firsts, torch.full_like(firsts, PASSAGE_CHUNKS)), 1).to(DEVICE)
+    chosen = torch.randint(passages, (questions, TOP_K)).to(DEVICE)
+
+    def by_host() -> list[Tensor]:
+        at = chosen.cpu()[..., None] * PASSAGE_CHUNKS + torch.arange(PASSAGE_CHUNKS)
+        return [pool[at.flatten()].to(DEVICE) for pool in (keys, values)]
+
+    ours = seconds([lambda: gathering.gather_chunks(keys, values, places, chosen, room)])
+    opponent = seconds([by_host])
+    moved = 2 * questions * room * GROUPS * DIM * DTYPE.itemsize
+    return {
+        "gigabytes": moved / 1e9,
+        "ms": 1e3 * ours,
+        "gigabytes_per_s": moved / 1e9 / ours,
+        "opponent_ms": 1e3 * opponent,
+        "times_slower": opponent / ours,
+    }
+
+
 def against(ours: Work, theirs: Work, moved: int, limits: dict[str, float]) -> dict[str, float]:
     took, opponent = seconds([ours]), seconds([theirs])
     floor = moved / limits["bytes_per_s"]
@@ -292,6 +319,7 @@ def main() -> None:
     figures["pooling"] = measure_pooling(limits)
     figures["decode"] = measure_decode(limits)
     figures["documents"] = measure_documents()
+    figures["gathering"] = measure_gathering()
     for name, quantised in (("bf16", False), ("int8", True)):
         memory = Memory(quantised)
         figures[f"routing_{name}"] = measure_routing(memory, limits)

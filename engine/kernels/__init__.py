@@ -1,4 +1,4 @@
-"""Triton kernels for CUDA devices: pooling, routing, ranking, decoding and document attention.
+"""Triton kernels for CUDA devices: pooling, routing, ranking, gathering, decoding and document attention.
 
 One file per kernel holds its plain torch reference, the kernel and one public function that checks its
 arguments and launches. This file imports no triton, so that ``usable`` may be asked anywhere; the engine

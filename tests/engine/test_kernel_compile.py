@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from msa_memory.engine.kernels import launching  # noqa: E402
 from msa_memory.engine.kernels.decoding import Context, attend_decode  # noqa: E402
 from msa_memory.engine.kernels.documents import attend_documents  # noqa: E402
+from msa_memory.engine.kernels.gathering import gather_chunks  # noqa: E402
 from msa_memory.engine.kernels.pooling import chunk_table, pool_states  # noqa: E402
 from msa_memory.engine.kernels.ranking import merge_top  # noqa: E402
 from msa_memory.engine.kernels.routing import (  # noqa: E402
@@ -75,9 +76,9 @@ def built(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def jit_kernels() -> list[JITFunction]:
-    from msa_memory.engine.kernels import decoding, documents, pooling, ranking, routing
+    from msa_memory.engine.kernels import decoding, documents, gathering, pooling, ranking, routing
 
-    modules = (decoding, documents, pooling, ranking, routing)
+    modules = (decoding, documents, gathering, pooling, ranking, routing)
     return [
         value
         for module in modules
@@ -123,9 +124,16 @@ def documents(dtype: torch.dtype, heads: int, groups: int, dim: int) -> None:
     attend_documents(zeros(heads, dim), zeros(groups, dim), zeros(groups, dim), [3, 37], 0.1)
 
 
+def gather(dtype: torch.dtype, groups: int, dim: int) -> None:
+    pool = torch.zeros(100, groups, dim, dtype=dtype)
+    chosen = torch.zeros(2, 16, dtype=torch.int64)
+    gather_chunks(pool, pool.clone(), torch.zeros(9, 2, dtype=torch.int32), chosen, 128)
+
+
 MSA_4B, SMOLLM = (8, 128), (3, 64)
 BUILDS: dict[str, Callable[[], object]] = {
     "pool-bf16": partial(pool, BF16, *MSA_4B),
+    "gather-bf16": partial(gather, BF16, *MSA_4B),
     "merge": lambda: merge_top(torch.zeros(2, 9000, dtype=torch.int64), 16),
     "route-bf16-1": partial(route, BF16, *MSA_4B, 1, 1),
     "route-bf16-8x12": partial(route, BF16, *MSA_4B, 8, 12),
@@ -136,6 +144,7 @@ BUILDS: dict[str, Callable[[], object]] = {
 }
 MORE_BUILDS: dict[str, Callable[[], object]] = {
     "pool-f32-smollm": partial(pool, F32, *SMOLLM),
+    "gather-f32-smollm": partial(gather, F32, *SMOLLM),
     "pool-f16": partial(pool, F16, *MSA_4B),
     "route-bf16-2x12": partial(route, BF16, *MSA_4B, 2, 12),
     "route-bf16-1x200": partial(route, BF16, *MSA_4B, 1, 200),

@@ -528,6 +528,14 @@ def test_the_benchmark_runs_where_kernels_are_interpreted() -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    for part in ("pooling", "decode", "documents", "routing_bf16", "routing_int8", "reference_routing"):
+    for part in (
+        "pooling",
+        "decode",
+        "documents",
+        "gathering",
+        "routing_bf16",
+        "routing_int8",
+        "reference_routing",
+    ):
         assert told[part], part
     assert told["machine"]["torch"] == torch.__version__
