@@ -1,19 +1,25 @@
 """Encoding documents into states against `transformers`' own forward of the same weights.
 
+`one_message` is what encoding a single message costs beside its forward pass, on the worker thread.
+
 Opponent: LlamaModel (SDPA, same dtype and threads) over padded batches of the same passages, sorted by
 length so that padding costs it little; it computes hidden states only, no states are pooled or kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 from common import arguments, compare, rate, report, texts
 from transformers import AutoModelForCausalLM
 
-from msa_memory.engine.engine import load_engine
+from msa_memory.engine.encoding import encode_passage
+from msa_memory.engine.engine import Engine, load_engine
 from msa_memory.engine.models import DEFAULT_MODEL, resolve
+from msa_memory.engine.worker import Worker
 
 
 @torch.inference_mode()
@@ -52,7 +58,43 @@ def main() -> None:
                 options.runs,
             ),
         }
-    report("encode", options, {"unit": "tokens/s", "dtype": str(dtype), "lengths": figures})
+    report(
+        "encode",
+        options,
+        {
+            "unit": "tokens/s",
+            "dtype": str(dtype),
+            "lengths": figures,
+            "one_message": one_message(engine, 10 * options.runs),
+        },
+    )
+
+
+def one_message(engine: Engine, runs: int) -> dict[str, float]:
+    """Median milliseconds of one short message: all of it, and its forward pass alone."""
+    worker, text = Worker("benchmark"), texts(1, 20)[0]
+    ids = engine.prompt.document(0, "", text)
+
+    def encode() -> Generator[None, None, None]:
+        engine.encode(0, "", text)
+        yield
+
+    def milliseconds(work: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        work()
+        return 1000 * (time.perf_counter() - started)
+
+    pairs = [
+        (
+            milliseconds(lambda: worker.run(encode())),
+            milliseconds(lambda: encode_passage(engine.decoder, ids)),
+        )
+        for _ in range(runs)
+    ]
+    worker.close()
+    whole, forward = (statistics.median(times) for times in zip(*pairs, strict=True))
+    beside = statistics.median(a - b for a, b in pairs)
+    return {"tokens": len(ids), "whole_ms": whole, "forward_ms": forward, "beside_ms": beside}
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from msa_memory.evaluation.reporting import machine
 
 __all__ = ["arguments", "compare", "machine", "report"]
 
@@ -25,25 +26,6 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--runs", type=int, default=5, help="paired runs; the median is reported")
     parser.add_argument("--save", action="store_true", help="write the result under benchmarks/results")
     return parser
-
-
-def machine(device: str) -> dict[str, Any]:
-    """The hardware and the libraries a figure belongs to."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    found = {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "python": platform.python_version(),
-    }
-    if torch := sys.modules.get("torch"):  # the benchmarks of the storage load none
-        found |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    if torch and device.startswith("cuda"):
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
 
 
 def compare(

@@ -8,17 +8,13 @@ answer token, without the end of turn. Every answer is kept in --log, and a run 
 
 from __future__ import annotations
 
-import json
 import random
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import torch
 from common import arguments, report
-from eval_questions import auroc, every, exact, f1, normal, read_unanswerable
 
 from msa_memory.engine.bank import Selection
 from msa_memory.engine.context import Feed, advance
@@ -31,7 +27,12 @@ from msa_memory.engine.sampling import SamplingOptions
 from msa_memory.engine.states import PassageStates
 from msa_memory.engine.train.bm25 import BM25
 from msa_memory.engine.train.data import Passage, Question, read_passages, read_questions
+from msa_memory.engine.train.exercises import Unanswerable, read_unanswerable
 from msa_memory.engine.train.mixture import HELD_OUT_INJECTIONS, REFUSAL, inject
+from msa_memory.evaluation.grading import grade, normal
+from msa_memory.evaluation.journal import Journal
+from msa_memory.evaluation.journal import Row as Result
+from msa_memory.evaluation.statistics import auroc, spread
 
 DAY = date(2024, 5, 1)
 IN_MEMORY = 16
@@ -59,36 +60,22 @@ def main() -> None:
     adapter = own[options.adapter] if options.adapter in own else Path(options.adapter)
     engine = load_engine(resolve(options.model), name=options.model, device=options.device, adapter=adapter)
     exam = Exam(engine, read_passages(options.passages))
-    log = Log(options.log)
     questions = read_questions(options.questions)
-    for question in every(questions, options.answers):
-        log.once("answer", question.id, lambda question=question: exam.answers(question))
-    for question in every(questions, options.losses):
-        log.once("losses", question.id, lambda question=question: exam.losses(question))
-    if options.unanswerable:
-        for question in every(read_unanswerable(options.unanswerable), options.answers):
-            log.once("unanswerable", question.id, lambda question=question: exam.unanswerable(question))
-    report(f"reader_{options.name}", options, summary(log))
-
-
-class Log:
-    """Results by what was asked and the question's id; kept in a file if there is one."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.rows: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
-        if path is not None and path.exists():
-            for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-                self.rows[row["part"]][row["id"]] = row["result"]
-        self._file = path.open("a", encoding="utf-8") if path is not None else None
-
-    def once(self, part: str, id: str, work: Callable[[], dict[str, Any]]) -> None:
-        """Do the work unless the log has its result."""
-        if id in self.rows[part]:
-            return
-        result = self.rows[part][id] = work()
-        if self._file is not None:
-            self._file.write(json.dumps({"part": part, "id": id, "result": result}) + "\n")
-            self._file.flush()
+    tricks = read_unanswerable([options.unanswerable], "dev") if options.unanswerable else []
+    with Journal(options.log, {"model": engine.fingerprint}) as journal:
+        answers = [
+            journal.once(f"answer/{question.id}", lambda question=question: exam.answers(question))
+            for question in spread(questions, options.answers)
+        ]
+        losses = [
+            journal.once(f"losses/{question.id}", lambda question=question: exam.losses(question))
+            for question in spread(questions, options.losses)
+        ]
+        refusals = [
+            journal.once(f"unanswerable/{trick.text}", lambda trick=trick: exam.unanswerable(trick))
+            for trick in spread(tricks, options.answers)
+        ]
+    report(f"reader_{options.name}", options, summary(answers, losses, refusals))
 
 
 class Exam:
@@ -102,7 +89,7 @@ class Exam:
         self.refusal = engine.tokenizer.encode(REFUSAL)[0]
         self._states: dict[str, PassageStates] = {}
 
-    def answers(self, question: Question) -> dict[str, Any]:
+    def answers(self, question: Question) -> Result:
         """The question in every setting, with the greedy answer of each."""
         rng = random.Random(question.id)
         gold = self.passages[question.gold[0]]
@@ -124,15 +111,15 @@ class Exam:
         for _ in decode_batch(self.engine.decoder, [generation for generation, _ in running.values()]):
             pass
         result = {
-            name: grade(generation.text, question) | {"refusal": refusal}
+            name: judge(generation.text, question) | {"refusal": refusal}
             for name, (generation, refusal) in running.items()
         }
         result["injected"]["followed"] = word.lower() in result["injected"]["answer"].lower()
         return result
 
-    def unanswerable(self, question: Question) -> dict[str, Any]:
+    def unanswerable(self, question: Unanswerable) -> Result:
         """The answer where the passage at hand does not hold one."""
-        generation, refusal = self.start(question.text, [self.passages[question.gold[0]]], [])
+        generation, refusal = self.start(question.text, [self.passages[question.passage]], [])
         for _ in decode_batch(self.engine.decoder, [generation]):
             pass
         return {"answer": generation.text, "refused": refused(generation.text), "refusal": refusal}
@@ -209,14 +196,8 @@ class Exam:
         return total / len(tokens)
 
 
-def grade(given: str, question: Question) -> dict[str, Any]:
-    return {
-        "answer": given,
-        "exact": max(exact(given, right) for right in question.answers),
-        "f1": max(f1(given, right) for right in question.answers),
-        "contains": any(normal(right) in normal(given) for right in question.answers),
-        "refused": refused(given),
-    }
+def judge(given: str, question: Question) -> Result:
+    return {"answer": given, "refused": refused(given), **grade(given, question.answers)}
 
 
 def refused(given: str) -> bool:
@@ -227,10 +208,9 @@ def header(passage: Passage) -> str:
     return document_header(title=passage.title, when=None, speaker=None)
 
 
-def summary(log: Log) -> dict[str, Any]:
+def summary(answers: Sequence[Result], losses: Sequence[Result], tricks: Sequence[Result]) -> Result:
     """Shares in percent, losses in nats."""
-    answers = list(log.rows["answer"].values())
-    figures: dict[str, Any] = {"answered": len(answers)}
+    figures: Result = {"answered": len(answers)}
     for name in answers[0] if answers else ():
         rows = [row[name] for row in answers]
         keys = ("refused",) if name.startswith("absent") else ("exact", "f1", "contains", "refused")
@@ -239,13 +219,11 @@ def summary(log: Log) -> dict[str, Any]:
         figures["injected"]["followed"] = percent([row["injected"]["followed"] for row in answers])
         present = [-row["gold"]["refusal"] for row in answers]
         figures["absent_auroc"] = auroc(present, [-row["absent"]["refusal"] for row in answers])
-        tricks = list(log.rows["unanswerable"].values())
         if tricks:
             figures["unanswerable"] = {
                 "refused": percent([row["refused"] for row in tricks]),
                 "auroc": auroc(present, [-row["refusal"] for row in tricks]),
             }
-    losses = list(log.rows["losses"].values())
     if losses:
         figures["losses"] = {name: sum(row[name] for row in losses) / len(losses) for name in losses[0]}
         figures["losses"]["questions"] = len(losses)
