@@ -17,7 +17,8 @@ from langchain_core.messages.tool import ToolCall, ToolCallChunk, tool_call_chun
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
 from msa_memory.engine.json_grammar import GrammarConstraint
-from msa_memory.integrations.langchain.forms import Form, Reading, answer_form, read_tool_choice
+from msa_memory.integrations.forms import Form, answer_form, read_tool_choice
+from msa_memory.integrations.langchain.forms import Reading, read_answer
 from msa_memory.integrations.langchain.messages import said
 from msa_memory.integrations.langchain.sessions import Keyed, unstored, where_beside
 from msa_memory.integrations.langchain.tool_choice import choose_tool, with_results_to_read
@@ -167,7 +168,7 @@ class Call:
         return ChatGenerationChunk(message=message)
 
     def _reading(self, answer: Answer) -> Reading:
-        return Reading(answer.text) if self.form is None else self.form.read(answer.text, self.id)
+        return read_answer(self.form, answer.text, self.id)
 
     def _content(
         self, text: str, sources: Sequence[Source], *, index: int | None

@@ -27,8 +27,9 @@ from msa_memory.config import default_model
 from msa_memory.conversation import read_conversation
 from msa_memory.engine.engine import Engine
 from msa_memory.errors import ConfigError
+from msa_memory.integrations.forms import answer_form
 from msa_memory.integrations.langchain.call import PROVIDER, Call
-from msa_memory.integrations.langchain.forms import answer_form, tool_descriptions
+from msa_memory.integrations.langchain.forms import tool_descriptions
 from msa_memory.integrations.langchain.messages import said
 from msa_memory.integrations.opening import MemoryHandle
 from msa_memory.memory import MemoryModel

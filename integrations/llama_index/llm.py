@@ -41,7 +41,7 @@ from llama_index.core.program.utils import get_program_for_llm
 from msa_memory.engine.engine import Engine
 from msa_memory.engine.json_grammar import GrammarConstraint
 from msa_memory.errors import ConfigError, InvalidDocumentError
-from msa_memory.integrations.llama_index.forms import ToolForm, tool_form
+from msa_memory.integrations.forms import BrokenCall, Form, answer_form
 from msa_memory.memory import MemoryModel
 from msa_memory.types import Answer, AnswerChunk
 from msa_memory.types import ChatMessage as Said
@@ -236,12 +236,12 @@ class MSALLM(FunctionCallingLLM):
 
     def _asked(
         self, messages: Sequence[ChatMessage], options: Mapping[str, Any]
-    ) -> tuple[list[Said], ToolForm | None, dict[str, Any]]:
+    ) -> tuple[list[Said], Form | None, dict[str, Any]]:
         if unknown := sorted(options.keys() - set(_PER_CALL)):
             raise ConfigError(f"unknown options {unknown}; a call takes {', '.join(sorted(_PER_CALL))}")
         chosen = {name: options.get(name, getattr(self, name)) for name in _OWN}
         chosen["max_new_tokens"] = chosen.pop("max_tokens")
-        form = tool_form(options.get("tools") or (), options.get("tool_choice"))
+        form = answer_form(options.get("tools") or (), options.get("tool_choice"))
         asked = [said(message) for message in messages]
         if form is not None:
             asked.insert(0, Said(role="system", content=form.instructions))
@@ -284,7 +284,7 @@ def _prompted(prompt: str) -> list[ChatMessage]:
     return [ChatMessage(role=MessageRole.USER, content=prompt)]
 
 
-def _responses(chunks: Iterator[AnswerChunk], form: ToolForm | None) -> ChatResponseGen:
+def _responses(chunks: Iterator[AnswerChunk], form: Form | None) -> ChatResponseGen:
     told = _Told(form)
     with closing(cast(Any, chunks)):
         for chunk in chunks:
@@ -292,7 +292,7 @@ def _responses(chunks: Iterator[AnswerChunk], form: ToolForm | None) -> ChatResp
                 yield response
 
 
-async def _aresponses(chunks: AsyncIterator[AnswerChunk], form: ToolForm | None) -> ChatResponseAsyncGen:
+async def _aresponses(chunks: AsyncIterator[AnswerChunk], form: Form | None) -> ChatResponseAsyncGen:
     told = _Told(form)
     async with aclosing(cast(Any, chunks)):
         async for chunk in chunks:
@@ -303,7 +303,7 @@ async def _aresponses(chunks: AsyncIterator[AnswerChunk], form: ToolForm | None)
 class _Told:
     """A streamed answer so far."""
 
-    def __init__(self, form: ToolForm | None) -> None:
+    def __init__(self, form: Form | None) -> None:
         self._form, self._text, self._shown = form, "", ""
 
     def response(self, chunk: AnswerChunk) -> ChatResponse | None:
@@ -320,9 +320,11 @@ class _Told:
         return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=shown), delta=delta)
 
 
-def _response(answer: Answer, form: ToolForm | None) -> ChatResponse:
+def _response(answer: Answer, form: Form | None) -> ChatResponse:
     usage = {**answer.usage.model_dump(), "total_tokens": answer.usage.total_tokens}
     read = answer.text if form is None else form.read(answer.text)
+    if isinstance(read, BrokenCall):
+        read = read.text
     if isinstance(read, str):
         message = ChatMessage(role=MessageRole.ASSISTANT, content=read)
     else:
