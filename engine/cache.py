@@ -6,7 +6,6 @@ reads one contiguous slice and nothing is concatenated while decoding.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from msa_memory.engine.states import HeadStates
@@ -21,18 +20,18 @@ class LayerCache:
         self.front = 0
         self.memory = 0
         self.length = 0
-        self.keys = like.new_empty(kv_heads, capacity, head_dim)
-        self.values = torch.empty_like(self.keys)
+        self._hold(like.new_empty(2 * kv_heads, capacity, head_dim))
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add T own tokens, ``[T, G, D]`` each."""
-        tokens = keys.shape[0]
-        if self.front + self.length + tokens > self.keys.shape[1]:
-            self._resize(self.front, max(2 * self.length, self.length + tokens + 64))
-        part = slice(self.front + self.length, self.front + self.length + tokens)
+        part = self._room_for(keys.shape[0])
         self.keys[:, part] = keys.transpose(0, 1)
         self.values[:, part] = values.transpose(0, 1)
-        self.length += tokens
+
+    def append_joined(self, both: Tensor) -> None:
+        """Add T own tokens whose keys and values are one tensor ``[T, 2G, D]``: one copy instead of two."""
+        part = self._room_for(both.shape[0])
+        self._both[:, part] = both.transpose(0, 1)
 
     def set_memory(self, keys: Tensor, values: Tensor) -> None:
         """Replace the memory in front by ``[G, M, D]`` pooled keys and values."""
@@ -53,15 +52,31 @@ class LayerCache:
         """Forget own tokens from ``length`` on."""
         self.length = min(self.length, length)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values, the room for more included."""
+        return self._both.nbytes
+
+    def _room_for(self, tokens: int) -> slice:
+        """Where the next own tokens go."""
+        start = self.front + self.length
+        if start + tokens > self._both.shape[1]:
+            self._resize(self.front, max(2 * self.length, self.length + tokens + 64))
+        self.length += tokens
+        return slice(start, start + tokens)
+
     def _resize(self, front: int, capacity: int) -> None:
-        groups, _, dim = self.keys.shape
-        for name in ("keys", "values"):
-            old: Tensor = getattr(self, name)
-            new = old.new_empty(groups, front + capacity, dim)
-            kept = slice(self.front - self.memory, self.front + self.length)
-            new[:, front - self.memory : front + self.length] = old[:, kept]
-            setattr(self, name, new)
+        rows, _, dim = self._both.shape
+        new = self._both.new_empty(rows, front + capacity, dim)
+        kept = slice(self.front - self.memory, self.front + self.length)
+        new[:, front - self.memory : front + self.length] = self._both[:, kept]
+        self._hold(new)
         self.front = front
+
+    def _hold(self, both: Tensor) -> None:
+        """Keys and values ``[2G, room, D]``."""
+        self._both = both
+        self.keys, self.values = both.chunk(2)
 
 
 class SequenceCache:
@@ -77,6 +92,11 @@ class SequenceCache:
     def length(self) -> int:
         """Own tokens held, the head included."""
         return self.layers[-1].length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers, the room for more included."""
+        return sum(layer.nbytes for layer in self.layers)
 
     def truncate(self, length: int) -> None:
         """Forget own tokens from ``length`` on, in every layer."""

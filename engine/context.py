@@ -42,6 +42,8 @@ class Sequence:
     scores: dict[int, NDArray[np.float32]] = field(default_factory=dict)
     queries: dict[int, Tensor] = field(default_factory=dict)
     carried: dict[int, Tensor] = field(default_factory=dict)
+    bonus: NDArray[np.float32] | float = 0.0
+    """What is added to the routers' mean, by passage, where a skim chooses what to score exactly."""
     fed_tokens: int = 0
 
     @classmethod
@@ -128,7 +130,9 @@ class _ContextAttention:
         if layer in row.carried:
             query = torch.cat((row.carried[layer], query))
         row.queries[layer] = query
-        scores = row.view.score(slot, query)
+        if row.view.skims and not self.attach:
+            return  # scored when the queries of all layers are known
+        scores = row.view.score(slot, query, best=row.top_k)
         row.scores[layer] = scores
         row.selections[layer] = row.view.select(scores, row.top_k)
         if self.attach:
@@ -155,10 +159,13 @@ def route(decoder: Decoder, feeds: Rows[Feed]) -> None:
     Fills each sequence's ``scores`` and ``selections``. The caches are left incomplete: discard them.
     """
     if decoder.msa is None:
-        raise EngineError(
-            "this model has no memory routers: train some with `python -m msa_memory.engine.train router`"
-        )
+        raise EngineError("this model has no memory routers: train some with `msa-memory train router`")
     _forward(decoder, feeds, attach=False, stop=True)
+    for row in (feed.sequence for feed in feeds):
+        if row.view is not None and row.view.skims:
+            skimmed = row.view.skim([row.queries[layer] for layer in decoder.msa.router_layers], row.bonus)
+            row.scores = dict(zip(decoder.msa.router_layers, skimmed, strict=True))
+            row.selections = {layer: row.view.select(s, row.top_k) for layer, s in row.scores.items()}
 
 
 def _forward(decoder: Decoder, feeds: Rows[Feed], *, attach: bool, stop: bool) -> Tensor | None:

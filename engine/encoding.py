@@ -63,9 +63,7 @@ def encode_passage(decoder: Decoder, ids: Sequence[int]) -> PassageStates:
         EngineError: no tokens, or the decoder has no router layers.
     """
     if decoder.msa is None:
-        raise EngineError(
-            "this model has no memory routers: train some with `python -m msa_memory.engine.train router`"
-        )
+        raise EngineError("this model has no memory routers: train some with `msa-memory train router`")
     if not ids:
         raise EngineError("a passage needs at least one token; it has none")
     reader = _PassageReader(decoder, decoder.msa)

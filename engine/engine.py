@@ -11,10 +11,10 @@ import json
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Turns
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from msa_memory.engine import ops
-from msa_memory.engine.adapter import load_adapter, merge
+from msa_memory.engine.adapter import Adapter, load_adapter, merge
 from msa_memory.engine.bank import BankView, MemoryBank, Selection
 from msa_memory.engine.checkpoint import Checkpoint, open_checkpoint
 from msa_memory.engine.config import MSAConfig, read_backbone, read_msa
@@ -32,18 +32,22 @@ from msa_memory.engine.context import Sequence as Row
 from msa_memory.engine.decoder import Decoder
 from msa_memory.engine.encoding import encode_head, encode_passage
 from msa_memory.engine.fingerprint import fingerprint_files
-from msa_memory.engine.generation import Generation, decode
+from msa_memory.engine.generation import Generation
 from msa_memory.engine.id_grammar import RetrievalTokens
 from msa_memory.engine.interleave import Interleave, InterleaveOptions, Texts
 from msa_memory.engine.layout import Layout, PromptLayout, read_layout
 from msa_memory.engine.lexical import passage_terms, question_terms
 from msa_memory.engine.passages import Span, split_passages
-from msa_memory.engine.sampling import Constraint, SamplingOptions
+from msa_memory.engine.sampling import Constraint, SamplingOptions, without_doubtful
+from msa_memory.engine.serving import Batch
 from msa_memory.engine.states import HeadStates, PassageStates
+from msa_memory.engine.stepper import Stepper, packed_stepper, plain_stepper
 from msa_memory.engine.tokenizer import Tokenizer
 from msa_memory.errors import ConfigError, ModelNotFoundError
 
-__all__ = ["Engine", "Routing", "load_engine"]
+__all__ = ["DecodeWeights", "Engine", "Routing", "load_engine"]
+
+DecodeWeights = Literal["auto", "exact", "packed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,18 @@ class Engine:
     prompt: PromptLayout
     fingerprint: str
     calibration: dict[str, float] = field(default_factory=dict)
+    prepare_stepper: Callable[[], Stepper] | None = None
+    """How to prepare the weights for decoding, at the first answer; None decodes with the decoder itself."""
+
+    @cached_property
+    def stepper(self) -> Stepper | None:
+        """The weights as decoding reads them."""
+        return self.prepare_stepper() if self.prepare_stepper is not None else None
+
+    @cached_property
+    def batch(self) -> Batch:
+        """The answers that are decoded together."""
+        return Batch(self.decoder, self.stepper)
 
     @cached_property
     def head(self) -> HeadStates:
@@ -155,10 +171,12 @@ class Engine:
             prompt.follow_up(evidence, question) if evidence else prompt.question(question, turns_before)
         )
         row = self.start(view, top_k=top_k, capacity=len(ids))
+        row.bonus = weight * words
         route(self.decoder, [Feed(row, ids, routes)])
+        scores = np.stack([row.scores[layer] for layer in self.msa.router_layers])
         return Routing(
             view.numbers,
-            np.stack([row.scores[layer] for layer in self.msa.router_layers]),
+            view.settle(scores, [row.queries[layer] for layer in self.msa.router_layers], row.bonus),
             dict(row.selections),
             dict(row.queries),
             view,
@@ -200,21 +218,33 @@ class Engine:
         ids: list[int],
         options: SamplingOptions,
         constraint: Constraint | None = None,
+        known: Row | None = None,
     ) -> Generation:
         """Prefill a prompt with evidence over the chosen passages' states (pass 2); decode is next.
 
-        ``ids`` come from ``prompt.reading`` or ``prompt.conversation``.
+        ``ids`` come from ``prompt.reading`` or ``prompt.conversation``; ``known`` has read the first of them
+        over the same passages (``KeptContexts``). An answer of free form does not begin as a refusal does
+        where that is less likely than the calibrated ``refusal_logprob``.
         """
-        row = self.start(view, capacity=len(ids) + options.max_new_tokens)
-        row.attend_to(selections, {layer: slot for slot, layer in enumerate(self.msa.router_layers)})
-        logits = advance(self.decoder, [Feed(row, ids)])
-        return Generation(self.tokenizer, options, row, logits[0], constraint)
+        row = known
+        if row is None:
+            row = self.start(view, capacity=len(ids) + options.max_new_tokens)
+            row.attend_to(selections, {layer: slot for slot, layer in enumerate(self.msa.router_layers)})
+        logits = advance(self.decoder, [Feed(row, ids[row.fed_tokens :])])[0]
+        sure = self.calibration.get("refusal_logprob")
+        if sure is not None and constraint is None and self.prompt.refusal:
+            logits = without_doubtful(logits, self.prompt.refusal[0], sure)
+        return Generation(self.tokenizer, options, row, logits, constraint, ids)
 
     def chat(
-        self, ids: list[int], options: SamplingOptions, constraint: Constraint | None = None
+        self,
+        ids: list[int],
+        options: SamplingOptions,
+        constraint: Constraint | None = None,
+        known: Row | None = None,
     ) -> Generation:
-        """Prefill a plain conversation, without any memory; decode is next."""
-        row = Row.start(
+        """Prefill a plain conversation, without any memory; decode is next. ``known`` as in ``read``."""
+        row = known or Row.start(
             self.decoder,
             self.head.first(0),
             position=0,
@@ -222,8 +252,8 @@ class Engine:
             top_k=0,
             capacity=len(ids) + options.max_new_tokens,
         )
-        logits = advance(self.decoder, [Feed(row, ids)])
-        return Generation(self.tokenizer, options, row, logits[0], constraint)
+        logits = advance(self.decoder, [Feed(row, ids[row.fed_tokens :])])
+        return Generation(self.tokenizer, options, row, logits[0], constraint, ids)
 
     def chat_ids(self, turns: Turns[tuple[str, str]]) -> list[int]:
         """Ids of (role, content) turns in the checkpoint's own chat template.
@@ -255,8 +285,8 @@ class Engine:
         )
 
     def decode(self, generation: Generation) -> Iterator[str]:
-        """Run a generation to its end, one token per step."""
-        return decode(self.decoder, generation)
+        """Run a generation to its end, one token per step; those that run in turn share their passes."""
+        return self.batch.decode(generation)
 
     def count_tokens(self, text: str) -> int:
         """Tokens of user text."""
@@ -271,17 +301,26 @@ def load_engine(
     dtype: str = "auto",
     router_normalize: bool | None = None,
     adapter: Path | bool = True,
+    decode_weights: DecodeWeights = "auto",
 ) -> Engine:
     """Load a checkpoint with its routers; ``name`` selects the routers this package ships for a backbone.
 
     An ``adapter.safetensors`` beside the routers or in the checkpoint's folder is merged into the weights;
     ``adapter`` False leaves it out, a path names another one.
 
+    Args:
+        decode_weights: what answers are decoded with on a CPU: ``exact``, the weights everything else is
+            computed with; ``packed``, the same in 4 bits per weight where the checkpoint stores 4 and in 8
+            elsewhere, about three times as fast and equal but for rounding; ``auto``, packed where bfloat16
+            is the dtype and the shapes allow it. Documents and questions are always read with the former.
+
     Raises:
         CheckpointError: the files are damaged, incomplete or of an unsupported kind.
         ModelNotFoundError: the checkpoint has no routers.
-        ConfigError: ``device`` or ``dtype`` is not usable here.
+        ConfigError: ``device``, ``dtype`` or ``decode_weights`` is not usable here.
     """
+    if decode_weights not in get_args(DecodeWeights):
+        raise ConfigError(f"decode_weights is {decode_weights!r}; expected one of {get_args(DecodeWeights)}")
     checkpoint = open_checkpoint(path)
     routers = _shipped_routers(name)
     config = {**checkpoint.config, **({"msa_config": routers.msa_config} if routers else {})}
@@ -289,12 +328,13 @@ def load_engine(
     if msa is None:
         raise ModelNotFoundError(
             f"the checkpoint {path} has no memory routers (no msa_config); train some with "
-            "`python -m msa_memory.engine.train router` or open a model that has them"
+            "`msa-memory train router` or open a model that has them"
         )
     decoder = _load_decoder(checkpoint, config, msa, routers, device, dtype)
     adapted = _adapter_file(path, routers, adapter)
-    if adapted is not None:
-        merge(decoder, load_adapter(adapted))
+    change = load_adapter(adapted) if adapted is not None else None
+    if change is not None:
+        merge(decoder, change)
     tokenizer, layout = checkpoint.tokenizer(), read_layout(config)
     return Engine(
         name or path.name,
@@ -304,7 +344,34 @@ def load_engine(
         PromptLayout(layout, tokenizer, msa),
         _fingerprint(checkpoint, routers, adapted, msa, layout, tokenizer),
         dict(config["msa_config"].get("calibration") or {}),
+        None
+        if decoder.device.type != "cpu"
+        else partial(_stepper, decoder, checkpoint, change, decode_weights),
     )
+
+
+def _stepper(
+    decoder: Decoder, checkpoint: Checkpoint, adapter: Adapter | None, weights: DecodeWeights
+) -> Stepper:
+    """The decoder prepared for decoding; reads what the adapter changed from the checkpoint once more."""
+    if weights != "exact":
+        changes, base = {}, {}
+        if adapter is not None and decoder.dtype == torch.bfloat16:
+            changes = {
+                module: (a.to(decoder.dtype), (b.float() * adapter.scale).to(decoder.dtype))
+                for module, (a, b) in adapter.pairs.items()
+            }
+            stored = ((name.removesuffix(".weight"), tensor) for name, tensor in checkpoint.tensors())
+            base = {module: tensor.to(decoder.dtype) for module, tensor in stored if module in changes}
+        packed = packed_stepper(decoder, base, changes)
+        if packed is not None:
+            return packed
+        if weights == "packed":
+            raise ConfigError(
+                "decode_weights='packed' needs bfloat16 weights whose sizes are multiples of 32; the model "
+                f"has {decoder.dtype} and a hidden size of {decoder.config.hidden_size}; use 'auto' instead"
+            )
+    return plain_stepper(decoder)
 
 
 @dataclass(frozen=True, slots=True)

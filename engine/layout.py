@@ -95,6 +95,7 @@ class PromptLayout:
         self.head = tokenizer.encode_prompt(layout.head)
         self.tail = tokenizer.encode_prompt(layout.tail)
         self.response = tokenizer.encode_prompt(layout.response)
+        self.refusal = tokenizer.encode(layout.refusal)
         numbered = layout.documents == "numbered"
         self.document_start = tokenizer.encode_prompt(layout.document_start) if numbered else []
         self.document_end = tokenizer.encode_prompt(layout.document_end) if numbered else []

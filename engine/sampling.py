@@ -11,7 +11,7 @@ from torch import Tensor
 
 from msa_memory.errors import ConfigError, EngineError
 
-__all__ = ["Constraint", "Sampler", "SamplingOptions", "StopScanner"]
+__all__ = ["Constraint", "Sampler", "SamplingOptions", "StopScanner", "without_doubtful"]
 
 COLDEST = 1e-6
 """Below this temperature sampling is greedy but for ties, and a division by it would overflow."""
@@ -83,6 +83,15 @@ class Sampler:
         beyond = ranked.cumsum(0) - ranked >= self.options.top_p
         kept = ranked.masked_fill(beyond, 0.0)
         return int(order[torch.multinomial(kept, 1, generator=self.random)])
+
+
+def without_doubtful(logits: Tensor, token: int, logprob: float) -> Tensor:
+    """The logits ``[V]`` without ``token`` if it ranks first and its log-probability is below ``logprob``."""
+    if int(logits.argmax()) != token or float(logits.float().log_softmax(-1)[token]) >= logprob:
+        return logits
+    kept = logits.clone()
+    kept[token] = -torch.inf
+    return kept
 
 
 def _masked(logits: Tensor, allowed: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from msa_memory.config import MemoryConfig
 from msa_memory.conversation import Conversation
-from msa_memory.engine.bank import BankView
+from msa_memory.engine.bank import BankView, Selection
+from msa_memory.engine.context import Sequence as Row
 from msa_memory.engine.engine import Engine, Routing
 from msa_memory.engine.generation import Generation
 from msa_memory.engine.interleave import ANSWER_PREFIX, Interleave, InterleaveOptions
@@ -132,6 +133,9 @@ class Asking:
         self._load_engine, self._load_bank = engine, bank
         self.store, self.namespace = store, namespace
         self.config, self.options = config, options
+        self._recalls = options.recall and bool(options.question.strip())
+        self._epoch = 0
+        """Of the kept contexts, when the prompt was read."""
 
     def search(self) -> Generator[None, None, list[Source]]:
         """The k best distinct documents, as whole passages."""
@@ -183,7 +187,7 @@ class Asking:
     def answer(self) -> Generator[AnswerChunk | None, None, Answer]:
         """Retrieve, read, answer; yields text as it becomes safe to show, at the end the whole Answer."""
         clock = _Clock()
-        if self.options.recall and self.options.question.strip():
+        if self._recalls:
             view = self._view()
             generative = self._evidence() == "generative" and not self._continues()
             ways = self._interleaved if generative and len(view) else self._routed
@@ -207,9 +211,11 @@ class Asking:
     def _generated(
         self, generation: Generation, recalled: _Recalled, clock: _Clock
     ) -> Generator[AnswerChunk | None, None, Answer]:
-        """Decode what was prefilled."""
+        """Decode what was prefilled; keep the prompt for the next one that begins alike."""
         otherwise = "" if self.options.conversation else NOTHING_FOUND
         text = yield from _shown(self.engine.decode(generation), otherwise=otherwise)
+        if self._recalls:
+            self.bank.contexts.keep(self.namespace, generation.sequence, generation.prompt, self._epoch)
         clock.lap("decode_s")
         prompt_tokens = recalled.tokens + generation.sequence.fed_tokens - len(generation.ids) + 1
         usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=len(generation.ids))
@@ -229,12 +235,14 @@ class Asking:
             return _Recalled(tokens=routing.tokens), self._chat() if self.options.conversation else None
         recalled = yield from self._recall(view, routing, budget, evidence_entry)
         clock.lap("route_s")
+        ids = self._prompt_ids(evidence_text(recalled.excerpts))
         generation = self.engine.read(
             view,
             routing.selections,
-            self._prompt_ids(evidence_text(recalled.excerpts)),
+            ids,
             self.options.sampling(self.config),
             self.options.constraint,
+            self._known(self.engine.prompt.question_position, routing.selections, ids),
         )
         clock.lap("prefill_s")
         return recalled, generation
@@ -249,7 +257,18 @@ class Asking:
         fitting = conversation.fitting(room, lambda shorter: len(engine.chat_ids(shorter.all_turns)))
         ids = engine.chat_ids(fitting.all_turns)
         self._check_room(len(ids), room)
-        return engine.chat(ids, sampling, self.options.constraint)
+        return engine.chat(ids, sampling, self.options.constraint, self._known(0, {}, ids))
+
+    def _known(self, position: int, selections: Mapping[int, Selection], ids: list[int]) -> Row | None:
+        """What this namespace has read before that begins like ``ids``, over the same passages.
+
+        Without recall nothing is kept: nobody looks then whether something was forgotten.
+        """
+        if not self._recalls:
+            return None
+        contexts = self.bank.contexts
+        self._epoch = contexts.epoch
+        return contexts.take(self.namespace, position, selections, ids)
 
     def _prompt_ids(self, evidence: str) -> list[int]:
         conversation, prompt = self.options.conversation, self.engine.prompt
@@ -441,14 +460,17 @@ class Asking:
         return recalled
 
     def _near_the_best(self, hits: list[Hit]) -> list[Hit]:
-        """Without an explicit ``k``: only documents that score a fair share of the best one's score.
+        """Without an explicit ``k``: only documents that score a fair share of the best one's score, and no
+        more of them than the model was calibrated to read in one round.
 
         A small reader is misled by texts that have nothing to do with the question.
         """
-        share = self.engine.calibration.get("evidence_share")
-        if self.options.k is not None or share is None or not hits:
+        calibration = self.engine.calibration
+        if self.options.k is not None or not hits:
             return hits
-        return [hit for hit in hits if hit.score >= share * hits[0].score]
+        share = calibration.get("evidence_share")
+        near = [hit for hit in hits if share is None or hit.score >= share * hits[0].score]
+        return near[: int(calibration.get("evidence_documents", len(near)))]
 
     def _rounds(self, routing: Routing, k: int) -> int:
         """How many rounds to go: one where the first is confident, or the model was not trained for more."""

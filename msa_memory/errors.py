@@ -17,6 +17,7 @@ MSAError
 │   └── StateDamagedError      a state block does not match its checksum or its document
 ├── ForkedMemoryError      a memory is used in a child process after ``os.fork``
 ├── EngineError            the engine could not compute (out of memory, closed, cancelled)
+│   └── RankLostError          a process of Memory Parallel died, hangs or never came
 └── MissingExtraError      an optional dependency is not installed
 
 Messages give the value seen, the value expected and the fix. Exceptions of lower libraries never
@@ -39,6 +40,7 @@ __all__ = [
     "ModelMismatchError",
     "ModelNotFoundError",
     "NotFoundError",
+    "RankLostError",
     "ReadOnlyError",
     "StateDamagedError",
     "StorageError",
@@ -111,6 +113,10 @@ class ForkedMemoryError(MSAError):
 
 class EngineError(MSAError):
     """The engine could not compute: out of memory, closed or cancelled."""
+
+
+class RankLostError(EngineError):
+    """A process of Memory Parallel died, hangs or never came."""
 
 
 class MissingExtraError(MSAError):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from msa_memory.documents import DocumentInput, check_name, read_item
 from msa_memory.errors import InvalidDocumentError
+from msa_memory.moving.encoding import Holding
 from msa_memory.persistence import NewMessage
 from msa_memory.persistence.filters import parse_filter
 from msa_memory.types import Answer, AnswerChunk, ForgetReceipt, Message
@@ -143,8 +144,9 @@ class Session:
             stored = store.message(self.namespace_name, self._id, message.key)
             if stored is not None:
                 return stored
-        document = None if message.role == "system" else (yield from memory._encode(said))
-        return store.append_message(message, document)
+        with Holding(store) as holding:
+            document = None if message.role == "system" else (yield from memory._encode(said, holding))
+            return store.append_message(message, document)
 
     def _read(
         self, role: object, content: object, name: object, key: object, timestamp: object

@@ -14,10 +14,13 @@ import typer
 
 from msa_memory.cli.asking import ask, search
 from msa_memory.cli.call import Command, add_command, add_global_options
+from msa_memory.cli.evaluation import evaluation
+from msa_memory.cli.inspecting import inspect
 from msa_memory.cli.mcp import serve
 from msa_memory.cli.models import fetch_model, list_models
 from msa_memory.cli.moving import export, fork, import_file, reencode
 from msa_memory.cli.reading import history, list_documents, sessions, show, stats
+from msa_memory.cli.training import training
 from msa_memory.cli.upkeep import compact, verify
 from msa_memory.cli.writing import add, forget, restore, update
 
@@ -35,6 +38,7 @@ _COMMANDS: dict[str, Command] = {
     "sessions": sessions,
     "forget": forget,
     "stats": stats,
+    "inspect": inspect,
     "verify": verify,
     "compact": compact,
     "export": export,
@@ -58,6 +62,9 @@ _models = typer.Typer(help="The models a memory can live in.", no_args_is_help=T
 add_command(_models, list_models, "list", opens_memory=False)
 add_command(_models, fetch_model, "fetch", opens_memory=False)
 app.add_typer(_models, name="models")
+
+app.add_typer(training, name="train")
+app.add_typer(evaluation, name="eval")
 
 
 def main() -> None:

@@ -1,0 +1,133 @@
+"""What a model's calibration decides about answers: when it may refuse, how many documents it reads."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+from msa_memory import MemoryModel
+from msa_memory.engine.context import Feed, advance
+from msa_memory.engine.sampling import Constraint, without_doubtful
+from msa_memory.testing import open_memory, tiny_model
+
+Open = Callable[..., MemoryModel]
+TEXTS = ["The lion wanted courage.", "The lion slept.", "A lion and a tiger.", "Lions roar at night."]
+QUESTION = "What did the lion want?"
+
+
+@pytest.fixture
+def calibrated(tmp_path: Path) -> Iterator[Open]:
+    """Opens a memory of four documents whose model has this refusal and these calibration entries."""
+    with ExitStack() as opened:
+
+        def open_one(refusal: str = "", **calibration: float) -> MemoryModel:
+            model = tiny_model(tmp_path / f"model-{len(list(tmp_path.iterdir()))}")
+            config = json.loads((model / "config.json").read_text())
+            config["msa_config"] |= {"calibration": calibration, "layout": {"refusal": refusal}}
+            (model / "config.json").write_text(json.dumps(config))
+            memory = opened.enter_context(open_memory(model=model))
+            memory.add_many([{"content": text, "id": str(n)} for n, text in enumerate(TEXTS)])
+            return memory
+
+        yield open_one
+
+
+def first_choices(memory: MemoryModel) -> torch.Tensor:
+    """Log-probabilities ``[V]`` at the start of the answer, from a prefill of its own."""
+    engine = memory._engine()
+    seen = []
+    read = engine.read
+
+    def spy(view, selections, ids, *rest):  # type: ignore[no-untyped-def]
+        row = engine.start(view)
+        row.attend_to(selections, {layer: slot for slot, layer in enumerate(engine.msa.router_layers)})
+        seen.append(advance(engine.decoder, [Feed(row, ids)])[0].log_softmax(-1))
+        return read(view, selections, ids, *rest)
+
+    engine.read = spy  # type: ignore[method-assign]
+    try:
+        memory.query(QUESTION, max_new_tokens=1)
+    finally:
+        del engine.read
+    return seen[0]
+
+
+@pytest.fixture
+def wish(calibrated: Open) -> tuple[str, float, str]:
+    """What the model says first, how sure it is, and what it would say next best."""
+    memory = calibrated()
+    sure, tokens = first_choices(memory).topk(2)
+    decode = memory._engine().tokenizer.decode
+    return decode([int(tokens[0])]), float(sure[0]), decode([int(tokens[1])])
+
+
+@pytest.mark.parametrize(("above", "refuses"), [(-0.01, True), (0.01, False), (None, True)])
+def test_a_refusal_needs_its_likelihood(
+    calibrated: Open, wish: tuple[str, float, str], above: float | None, refuses: bool
+) -> None:
+    refusal, sure, instead = wish
+    entry = {} if above is None else {"refusal_logprob": sure + above}
+    memory = calibrated(refusal, **entry)
+    assert memory._engine().prompt.refusal, "the refusal has a first token"
+    said = memory.query(QUESTION, max_new_tokens=1)
+    assert said.text == (refusal if refuses else instead).strip()
+    assert said.found is not refuses
+
+
+def test_only_the_refusal_is_held_back_and_only_at_the_start(
+    calibrated: Open, wish: tuple[str, float, str]
+) -> None:
+    refusal, _, instead = wish
+    free = calibrated(instead).query(QUESTION, max_new_tokens=8).text
+    held = calibrated(instead, refusal_logprob=0.0).query(QUESTION, max_new_tokens=8).text
+    assert held == free, "what would not come first is not excluded"
+    assert free.startswith(refusal.strip())
+
+
+def test_a_form_that_was_asked_for_is_not_touched(calibrated: Open, wish: tuple[str, float, str]) -> None:
+    class Only(Constraint):
+        finished = False
+
+        def __init__(self, token: int, size: int) -> None:
+            self.mask = torch.zeros(size, dtype=torch.bool)
+            self.mask[token] = True
+
+        def allowed(self) -> torch.Tensor:
+            return self.mask
+
+        def accept(self, token_id: int) -> None:
+            self.finished = True
+
+    memory = calibrated(wish[0], refusal_logprob=0.0)
+    token = memory._engine().prompt.refusal[0]
+    constraint = Only(token, memory._engine().tokenizer.vocab_size)
+    said = memory.chat([{"role": "user", "content": QUESTION}], constraint=constraint)
+    assert said.text == wish[0].strip()
+
+
+def test_doubtful_tokens_leave_the_others_alone() -> None:
+    logits = torch.tensor([0.5, 2.0, 1.0])
+    sure = float(logits.log_softmax(-1)[1])
+    assert without_doubtful(logits, 1, sure).tolist() == logits.tolist()
+    assert without_doubtful(logits, 1, sure + 0.01).tolist() == [0.5, -torch.inf, 1.0]
+    assert without_doubtful(logits, 2, 0.0).tolist() == logits.tolist()
+    assert logits.tolist() == [0.5, 2.0, 1.0]
+
+
+@pytest.mark.parametrize(("most", "read"), [(1, 1), (2, 2), (9, 4), (None, 4)])
+def test_a_model_reads_no_more_documents_than_it_was_calibrated_for(
+    calibrated: Open, most: int | None, read: int
+) -> None:
+    memory = calibrated(**({} if most is None else {"evidence_documents": most}))
+    answer = memory.query(QUESTION, max_new_tokens=1)
+    found = [hit.id for hit in memory.search(QUESTION, k=read)]
+    assert [source.id for source in answer.sources] == found
+    assert len(memory.query(QUESTION, k=3, max_new_tokens=1).sources) == 3, "an explicit k is obeyed"
+
+
+def test_every_round_reads_its_own(calibrated: Open) -> None:
+    rounds = calibrated(evidence_documents=1).query(QUESTION, max_rounds=2, max_new_tokens=1).rounds
+    assert [len(step.documents) for step in rounds] == [1, 1]
