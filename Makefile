@@ -6,6 +6,10 @@
 PYTHON ?= python3
 GPU_PYTHON ?= python3
 BENCH_FLAGS ?=
+DATA ?= ../shared/data
+WORK ?= .train-default
+MINUTES ?= 70
+TRAIN_FLAGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,10 +24,10 @@ INSTALL_TORCH = $(PIP) install --no-deps --only-binary :all: '$(TORCH_CPU)'
 HAS_CPU_TORCH := import torch; assert torch.version.cuda is None and torch.__version__.split("+")[0] == "$(TORCH)"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types format bench soak gpu-check gpu-bench cuda clean
+.PHONY: help setup demo test lint types format docs bench soak train-default gpu-check gpu-bench cuda clean
 
 help: ## list the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "  %-10s %s\n", $$1, $$2}'
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "  %-13s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## make .venv with PyTorch's CPU build and everything the demo and the tests need
 
@@ -77,12 +81,19 @@ format: setup ## let ruff fix and format the code
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
 
+docs: setup ## write docs/reference.md from the docstrings
+	@$(BIN)/python docs/reference.py
+
 bench: setup ## run every benchmark on the CPU (BENCH_FLAGS are passed on)
 	@set -e; for script in benchmarks/bench_*.py; do \
 		echo "bench: $$script"; $(BIN)/python "$$script" $(BENCH_FLAGS); done
 
 soak: setup ## run the tests that take long on purpose
 	@$(if $(MSA_TEST_POSTGRES_URL),,.ci/with-postgres) $(BIN)/pytest -m soak --timeout 0
+
+# On a GPU: make train-default MINUTES=9 TRAIN_FLAGS='--device cuda'
+train-default: setup ## make the default model's files; call it again while it exits with 3
+	@$(BIN)/msa-memory train default --data $(DATA) --work $(WORK) --minutes $(MINUTES) $(TRAIN_FLAGS)
 
 # The GPU targets never touch .venv, which holds a CPU build: they use the machine's own PyTorch.
 gpu-check: cuda ## run the tests that need a CUDA device; fails where there is none
