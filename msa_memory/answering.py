@@ -6,6 +6,7 @@ things; scoring belongs to the engine, choosing text to ``recall``, rows to the 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -463,14 +464,24 @@ class Asking:
         """Without an explicit ``k``: only documents that score a fair share of the best one's score, and no
         more of them than the model was calibrated to read in one round.
 
-        A small reader is misled by texts that have nothing to do with the question.
+        A small reader is misled by long texts that have nothing to do with the question. Notes of a line or
+        two (``note_tokens``) cost little, and an older and a newer one may only make sense together: they
+        need a smaller share and do not count.
         """
         calibration = self.engine.calibration
         if self.options.k is not None or not hits:
             return hits
-        share = calibration.get("evidence_share")
-        near = [hit for hit in hits if share is None or hit.score >= share * hits[0].score]
-        return near[: int(calibration.get("evidence_documents", len(near)))]
+        share = calibration.get("evidence_share", -math.inf)
+        note_share = min(share, calibration.get("note_share", share))
+        room = calibration.get("evidence_documents", math.inf)
+        near = []
+        for hit in hits:
+            tokens = sum(passage.tokens for passage in hit.passages)
+            note = tokens <= calibration.get("note_tokens", 0)
+            if hit.score >= (note_share if note else share) * hits[0].score and (note or room > 0):
+                near.append(hit)
+                room -= not note
+        return near
 
     def _rounds(self, routing: Routing, k: int) -> int:
         """How many rounds to go: one where the first is confident, or the model was not trained for more."""

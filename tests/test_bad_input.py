@@ -504,7 +504,7 @@ def test_a_memory_of_damaged_documents_only_is_not_called_empty(folder: Path) ->
 
 def test_states_that_vanish_while_open_raise_when_chosen(folder: Path) -> None:
     with open_memory(folder, config=BRIEF) as memory:
-        assert memory.query("violins").found
+        assert memory.search("violins")
         (segment,) = (folder / "states").glob("segment-*.seg")
         data = segment.read_bytes()
         with segment.open("r+b") as file:

@@ -221,7 +221,7 @@ def chunks_before_tokens(patch: Patch) -> None:
     """Mean over the tokens of the best chunk's score, not the best chunk of the mean over tokens."""
     original = bank.BankView.score
 
-    def score(self: Any, slot: int, query: Tensor) -> Any:
+    def score(self: Any, slot: int, query: Tensor, *, best: int | None = None) -> Any:
         if self.msa.query_reduce != "mean":
             return original(self, slot, query)
         return np.stack([original(self, slot, one[None]) for one in query]).mean(0)
