@@ -78,15 +78,21 @@ VERSION = (
 def keys(
     connection: Connection, namespace: str, ids: Iterable[str], alive_at: datetime | None = None
 ) -> dict[str, int]:
-    """Row keys of those ids that exist; with ``alive_at`` only of those that have not expired by then."""
+    """Row keys of those ids that exist; with ``alive_at`` only of those that have not expired by then.
+
+    CatalogDamagedError where an index leads to a row that spells its id otherwise.
+    """
     alive = None if alive_at is None else _alive(alive_at)
     found: dict[str, int] = {}
     for chunk in chunks(dict.fromkeys(ids)):
-        query = select(documents.c.id, documents.c.key).where(
+        asked = set(chunk)
+        query = select(documents.c.id, documents.c.key, documents.c.version).where(
             documents.c.namespace == namespace, documents.c.id.in_(chunk)
         )
-        rows = connection.execute(query if alive is None else query.where(alive))
-        found.update((row.id, row.key) for row in rows)
+        for row in connection.execute(query if alive is None else query.where(alive)):
+            if row.id not in asked:
+                raise _damaged(namespace, row.id, row.version)
+            found[row.id] = row.key
     return found
 
 

@@ -1,6 +1,7 @@
 """Random damage to every file of a bank: each is named, or harmless because every read is unchanged."""
 
 import random
+import re
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -158,6 +159,24 @@ def test_a_wrong_place_is_named_when_it_is_followed(tmp_path, new, column, value
         for other in store.changes(0).added:
             if other.number != 4:
                 store.states(other)
+
+
+def test_an_id_spelled_otherwise_anywhere_in_the_catalog_is_named_or_harmless(tmp_path, new):
+    """In the rows, and in the indexes that some reads are answered from."""
+    fill(tmp_path / "bank", new, close=True)
+    with Store.open(tmp_path / "bank", read_only=True) as whole:
+        expected = {name: outcome(read, whole) for name, read in reads().items()}
+    data = (tmp_path / "bank" / "catalog.sqlite3").read_bytes()
+    places = [match.start() for match in re.finditer(b"doc2", data)]
+    assert len(places) > 1
+    named = 0
+    for place in places:
+        copy = tmp_path / f"copy{place}"
+        shutil.copytree(tmp_path / "bank", copy)
+        (copy / "catalog.sqlite3").write_bytes(data[:place] + b"dok2" + data[place + 4 :])
+        named += check(copy, expected, f"dok2 at byte {place}")
+        shutil.rmtree(copy)
+    assert named == len(places)
 
 
 @pytest.mark.parametrize("closed", [True, False], ids=["closed", "killed"])
