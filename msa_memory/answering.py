@@ -471,14 +471,15 @@ class Asking:
         calibration = self.engine.calibration
         if self.options.k is not None or not hits:
             return hits
-        share = calibration.get("evidence_share", -math.inf)
-        note_share = min(share, calibration.get("note_share", share))
+        share = calibration.get("evidence_share")
+        note_share = calibration.get("note_share", share)
         room = calibration.get("evidence_documents", math.inf)
         near = []
         for hit in hits:
             tokens = sum(passage.tokens for passage in hit.passages)
             note = tokens <= calibration.get("note_tokens", 0)
-            if hit.score >= (note_share if note else share) * hits[0].score and (note or room > 0):
+            wanted = note_share if note else share
+            if (wanted is None or hit.score >= wanted * hits[0].score) and (note or room > 0):
                 near.append(hit)
                 room -= not note
         return near

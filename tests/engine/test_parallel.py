@@ -38,8 +38,12 @@ def rank_module() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def engine() -> Engine:
-    return load_engine(tiny_model(), device="cpu")
+def engine() -> Iterator[Engine]:
+    """The one process to compare with; sums depend on the number of threads, and every rank has one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield load_engine(tiny_model(), device="cpu")
+    torch.set_num_threads(threads)
 
 
 def start(count: int, scenario: str, *more: str) -> list[subprocess.Popen[str]]:

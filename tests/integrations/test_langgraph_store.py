@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from langgraph.store.base import (
     GetOp,
@@ -125,12 +125,24 @@ class Reference(InMemoryStore):
         return super()._handle_list_namespaces(op)
 
     def _apply_put_ops(self, put_ops: Any) -> None:
-        self._forget_empty_paths()
-        super()._apply_put_ops(put_ops)
+        for place, op in put_ops.items():
+            self._forget_empty_paths()
+            super()._apply_put_ops({place: op})
 
 
 @settings(max_examples=20)
 @given(batches=st.lists(st.lists(operations, max_size=6), min_size=1, max_size=6))
+@example(
+    [
+        [
+            PutOp(("a",), "x", {"n": 0}),
+            PutOp(("a", "a"), "x", {"n": 0}),
+            PutOp(("a",), "x", None),
+            PutOp(("a",), "y", {"n": 0}),
+        ],
+        [PutOp(("a",), "x", {"n": 0}), SearchOp((), None, 1, 0)],
+    ]
+)
 def test_it_behaves_as_the_store_in_memory(memory: MemoryModel, batches: list[list[Op]]) -> None:
     store, reference = MSAStore(memory, namespace=f"differential {time.monotonic_ns()}"), Reference()
     for batch in batches:

@@ -19,12 +19,14 @@ def test_another_store_sees_changes_as_a_delta(store, new, again):
     other = again()
     first = other.changes(0)
     assert (len(first.added), first.removed) == (3, ())
-    assert other.changes(first.generation) == type(first)(first.generation, (), ())
+    nothing = other.changes(first.generation)
+    assert (nothing.generation, nothing.added, nothing.removed) == (first.generation, (), ())
     store.add([new(store, "c")])
     store.forget("default", ids=["a"])
     assert other.generation() == first.generation + 2
     delta = other.changes(first.generation)
     assert [record.document_id for record in delta.added] == ["c"]
+    assert not delta.grew
     assert delta.removed == tuple(r.number for r in first.added if r.document_id == "a")
     assert other.visible("default").tolist() == sorted(
         {r.number for r in (*first.added, *delta.added)} - set(delta.removed)
