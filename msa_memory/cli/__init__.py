@@ -1,8 +1,8 @@
 """The command line ``msa-memory``: each command parses, calls one method of ``MemoryModel`` and prints.
 
 Results go to stdout; progress, notes and errors to stderr. ``--json`` prints exactly one JSON document per
-run. Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 training paused, 130 interrupted. Importing this, ``--help`` and
-shell completion load no torch.
+run. Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 training paused, 130 interrupted. Importing
+this, ``--help`` and shell completion load no torch.
 """
 
 from __future__ import annotations
