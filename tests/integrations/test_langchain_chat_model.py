@@ -197,7 +197,7 @@ async def test_the_loop_ticks_during_answers(shared: MemoryModel) -> None:
     before = ticks
     await model.ainvoke(QUESTION)
     heart.cancel()
-    assert len(seen) > 10
+    assert len(seen) > 3, "a step brings one token, or a few that were guessed"
     assert ticks > before + 10
 
 

@@ -225,8 +225,8 @@ async def test_the_loop_ticks_while_it_chats(llm: MSALLM) -> None:
     completed = {ticks async for _ in await llm.astream_complete("Violins?", max_tokens=80)}
     heart.cancel()
     assert all(later - earlier > 30 for earlier, later in pairwise(marks))
-    assert len(seen) > 5, "one step may bring several tokens that were guessed, but not all of them"
-    assert len(completed) > 5
+    assert len(seen) > 3, "one step may bring several tokens that were guessed, but not all of them"
+    assert len(completed) > 3
 
 
 async def test_concurrent_chats_do_not_mix(llm: MSALLM) -> None:

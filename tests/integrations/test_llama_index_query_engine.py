@@ -271,7 +271,7 @@ async def test_the_loop_ticks_while_it_answers(memory: MemoryModel) -> None:
     await MSARetriever(memory).aretrieve(QUESTION)
     heart.cancel()
     assert after_answer > 50
-    assert len(seen) > 5, "a step brings one token, or a few that were guessed"
+    assert len(seen) > 3, "a step brings one token, or a few that were guessed"
     assert ticks > before
 
 
