@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from msa_memory.engine import kernels
-from msa_memory.engine.bank import MemoryBank
+from msa_memory.engine.device_bank import DeviceBank
 from msa_memory.engine.device_rows import DeviceMemory, DeviceRows, Prompt
 from msa_memory.engine.engine import Engine, load_engine
 from msa_memory.engine.graphs import Replay
@@ -34,7 +34,8 @@ from msa_memory.engine.models import DEFAULT_MODEL, resolve
 from msa_memory.engine.packed_encoding import PackedStates, encode_packed
 from msa_memory.engine.sampling import SamplingOptions
 from msa_memory.engine.states import PassageStates
-from msa_memory.engine.tiers import StateTier, tier_bytes
+from msa_memory.engine.tiers import tier_bytes
+from msa_memory.errors import NotFoundError
 
 UNFINISHED = 3
 """Exit status of a run that --minutes cut short and that another one continues."""
@@ -96,25 +97,20 @@ class Corpus:
 
 
 class Memory:
-    """Routing keys in a bank on the device, K/V in a tier on the host."""
+    """Routing keys on the device, K/V in a tier on the host."""
 
     def __init__(self, engine: Engine, passages: int, tokens: int) -> None:
         self.engine, msa, config = engine, engine.msa, engine.decoder.config
         self.shape = (len(msa.router_layers), config.num_kv_heads, config.head_dim)
         chunks = passages * -(-tokens // msa.chunk)
-        self.tier = StateTier(*self.shape, chunks, dtype=engine.decoder.dtype, device=engine.decoder.device)
-        self.bank: MemoryBank = engine.new_bank(self.fetch)
+        self.bank = DeviceBank(msa, lacking, device=engine.decoder.device, room=chunks)
 
     def take(self, first: int, states: PackedStates, terms: Callable[[int], Tensor | None]) -> None:
-        numbers = range(first, first + len(states.chunks))
-        self.tier.add_rows(numbers, states.chunks, states.keys.cpu(), states.values.cpu())
-        rows = states.router_keys.to(self.engine.decoder.device).split(list(states.router_chunks), 1)
-        for number, keys in zip(numbers, rows, strict=True):
-            self.bank.add(number, keys, terms(number))
+        self.bank.add_packed(range(first, first + len(states.chunks)), states, terms)
 
-    def fetch(self, number: int) -> PassageStates:
-        keys, values = self.tier.read(number)
-        return PassageStates(keys, values, torch.empty(self.shape[0], 0, *self.shape[1:]))
+
+def lacking(number: int) -> PassageStates:
+    raise NotFoundError(f"passage {number} is not in the tier")
 
 
 def main() -> None:
@@ -204,7 +200,7 @@ def build(options: Any, memory: Memory, corpus: Corpus, passages: int, stages: S
                 write_shard(kept, states)
                 stages.book("write_shards", at)
     stages.bytes["routing_keys_on_device"] = memory.bank.nbytes()
-    stages.bytes["kv_on_host"] = memory.tier.nbytes()
+    stages.bytes["kv_on_host"] = memory.bank.host_bytes()
     return passages
 
 
@@ -302,13 +298,12 @@ def ask(memory: Memory, corpus: Corpus, stages: Stages) -> dict[str, Any]:
 
 def run_rows(memory: Memory, corpus: Corpus) -> dict[str, Any]:
     """Questions that attend to what they choose, without the host, and decode steps as one graph."""
-    from msa_memory.engine.kernels.routing import KeyBlock, plan_routing
-
-    engine, view = memory.engine, memory.bank.view()
-    plan = plan_routing([KeyBlock(b.keys, b.lengths.tolist(), b.numbers) for b in view._blocks])
+    engine, state = memory.engine, memory.bank.view().state
+    assert state.plan is not None
+    assert state.tier is not None
     asked = [engine.prompt.question(needle.question) for needle in list(corpus.needles.values())[:8]]
     rows = DeviceRows(
-        engine.decoder, engine.head, DeviceMemory(plan, memory.tier), rows=len(asked), capacity=512,
+        engine.decoder, engine.head, DeviceMemory(state.plan, state.tier), rows=len(asked), capacity=512,
         position=engine.prompt.question_position, top_k=engine.msa.top_k,
     )  # fmt: skip
     prompts = [Prompt(row, *one) for row, one in enumerate(asked)]
@@ -385,7 +380,7 @@ def arithmetic(options: Any, memory: Memory, passages: int) -> dict[str, Any]:
         "routing_keys_bytes": keys,
         "routing_keys_held_over_arithmetic": memory.bank.nbytes() / keys,
         "kv_bytes": tier_bytes(chunks, layers, groups, dim, engine.decoder.dtype),
-        "kv_held_over_arithmetic": memory.tier.nbytes()
+        "kv_held_over_arithmetic": memory.bank.host_bytes()
         / tier_bytes(chunks, layers, groups, dim, engine.decoder.dtype),
         "weights_bytes": weights,
     }

@@ -3,8 +3,10 @@
 The opponent is the published algorithm in plain torch: a ``[heads, tokens, chunks]`` product, then the mean
 over heads, the maximum over tokens and over each passage's chunks, in float32 and in bfloat16. Both shapes
 hold random unit keys in passages of 8 chunks on average, of which some lie near the questions, as texts that
-answer them do: only then the best passages mean anything. The limits are the dense rate of this CPU's 8-bit
-products and the rate at which it reads memory, measured in the same run.
+answer them do: only then the best passages mean anything. Ours is the choice of every layer, from 8-bit keys
+settled on the exact ones; beside it stands the skim, which scores all passages on a few layers only and
+chooses by the mean over all. The limits are the dense rate of this CPU's 8-bit products and the rate at which
+it reads memory, measured in the same run.
 """
 
 from __future__ import annotations
@@ -110,6 +112,11 @@ def ask(view: BankView, question: Tensor, best: int | None) -> list[tuple[int, .
     ]
 
 
+def skim(view: BankView, question: Tensor) -> set[int]:
+    """The best passages by the mean over the layers, from a full pass over a few of them."""
+    return set(view.select(view.skim(list(question)).mean(0), BEST).numbers)
+
+
 def reference(keys: Tensor, query: Tensor, lengths: Tensor) -> Tensor:
     """Every head scored: mean over heads, maximum over tokens, maximum over a passage's chunks: ``[P]``."""
     groups, _, _ = keys.shape
@@ -124,10 +131,14 @@ def measure(shape: Shape, runs: int, ceilings: dict[str, float]) -> dict[str, An
     memory = Memory(shape)
     view, question = memory.view, memory.questions[0]
     layers = {dtype: memory.expanded(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    ours, exact = [], []
+    ours, exact, skimmed = [], [], []
     theirs: dict[torch.dtype, list[float]] = {dtype: [] for dtype in layers}
     for run in range(runs + 1):
-        took = [seconds(lambda: ask(view, question, BEST)), seconds(lambda: ask(view, question, None))]
+        took = [
+            seconds(lambda: ask(view, question, BEST)),
+            seconds(lambda: ask(view, question, None)),
+            seconds(lambda: skim(view, question)),
+        ]
         other = {
             dtype: shape.layers * seconds(lambda k=keys: reference(k, question[0], memory.lengths))  # type: ignore[misc]
             for dtype, keys in layers.items()
@@ -135,6 +146,7 @@ def measure(shape: Shape, runs: int, ceilings: dict[str, float]) -> dict[str, An
         if run:
             ours.append(took[0])
             exact.append(took[1])
+            skimmed.append(took[2])
             for dtype, value in other.items():
                 theirs[dtype].append(value)
     work = 2 * TOKENS * shape.groups * shape.dim * shape.chunks * shape.layers
@@ -147,14 +159,18 @@ def measure(shape: Shape, runs: int, ceilings: dict[str, float]) -> dict[str, An
         "tokens": TOKENS,
         "ours_s": median(ours),
         "exact_s": median(exact),
+        "skim_s": median(skimmed),
         "reference_float32_s": median(theirs[torch.float32]),
         "reference_bfloat16_s": median(theirs[torch.bfloat16]),
         "ratio_float32": median(a / b for a, b in zip(theirs[torch.float32], ours, strict=True)),
         "ratio_bfloat16": median(a / b for a, b in zip(theirs[torch.bfloat16], ours, strict=True)),
+        "ratio_skim_float32": median(a / b for a, b in zip(theirs[torch.float32], skimmed, strict=True)),
+        "ratio_skim_bfloat16": median(a / b for a, b in zip(theirs[torch.bfloat16], skimmed, strict=True)),
         "ratio_exact": median(a / b for a, b in zip(exact, ours, strict=True)),
         "least_s": least,
         "share_of_limit": least / median(ours),
         "overlap": overlap(memory),
+        "overlap_skim": skim_overlap(memory),
         "resident_bytes": memory.bank.nbytes(),
     }
 
@@ -165,6 +181,16 @@ def overlap(memory: Memory) -> float:
     for question in memory.questions:
         found, expected = ask(memory.view, question, BEST), ask(memory.view, question, None)
         shares += [len(set(a) & set(b)) / BEST for a, b in zip(found, expected, strict=True)]
+    return statistics.mean(shares)
+
+
+def skim_overlap(memory: Memory) -> float:
+    """Share of the best passages by the exact float32 mean over the layers that a skim finds."""
+    shares = []
+    for question in memory.questions:
+        exact = np.stack([memory.view.score(slot, query) for slot, query in enumerate(question)]).mean(0)
+        expected = set(memory.view.select(exact, BEST).numbers)
+        shares.append(len(expected & skim(memory.view, question)) / BEST)
     return statistics.mean(shares)
 
 

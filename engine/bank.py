@@ -4,39 +4,48 @@ On a CPU with integer products, blocks that are full have a second, 8-bit copy o
 It scores all passages approximately; those near the best are settled on the exact keys, so that what is
 chosen, and every score of it, is the exact one. A bank told to be ``exact`` never looks at that copy.
 
+Of passages in a sheet (``sheets``) nothing but that copy is at hand, mapped from a file for the most part;
+the exact keys are fetched for those that are settled.
+
 Knows passage numbers, routing keys and how to fetch a passage's K/V; not texts, documents or SQL. A
 ``BankView`` is a consistent snapshot with a visibility mask: later adds and removals never reach it.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msa_memory.engine import kernels, ops
+from msa_memory.engine import ops
 from msa_memory.engine.config import MSAConfig
 from msa_memory.engine.lexical import LexicalIndex, bm25
 from msa_memory.engine.quantized import QuantizedKeys, QuantizedQuery, score_bfloat16, usable
+from msa_memory.engine.sheets import Pages, Sheet
 from msa_memory.engine.states import PassageStates
-
-if TYPE_CHECKING:
-    from msa_memory.engine.kernels.routing import RoutingPlan
+from msa_memory.errors import CheckpointError, NotFoundError, StateDamagedError
 
 __all__ = ["BankView", "MemoryBank", "Selection"]
+
+logger = logging.getLogger(__name__)
 
 BLOCK_CHUNKS = 4096
 TILE_CHUNKS = 512
 """Chunks of one exact product on a CPU, whose keys and results fit its cache."""
 SKIM_EVERY, SKIM_FIRST = 5, 3
-"""A skim scores the fourth router layer and every fifth after it. On 13,359 passages of real text (default
-model) all 16 best of each of 60 questions were among the 512 that those three layers put first."""
+"""A skim scores the fourth router layer and every fifth after it, unless the model names others. On 13,359
+passages of real text (default model) all 16 best of each of 60 questions were among the 512 that those three
+layers put first."""
+SKIM_FROM = 131_072
+"""Chunks from which on a skim pays, where nobody decides otherwise."""
 SKIM_KEPT = 512
 """Passages that a skim leaves for the exact scores of all layers."""
 SKIM_BELOW = 2.0
@@ -45,6 +54,8 @@ SETTLED = 128
 """Most relevant passages whose scores are exact on every layer."""
 LEAST_SETTLED = 32
 """Best passages of one layer whose scores are exact, however few are asked for."""
+EXACT_BYTES = 192 * 1024 * 1024
+"""Exact keys of passages in sheets that are kept, those used last."""
 Fetch = Callable[[int], PassageStates]
 Numbers = NDArray[np.int64]
 Postings = Mapping[int, tuple[Numbers, Numbers]]
@@ -81,6 +92,79 @@ class _Block:
         self.quantized = {}  # of a block that was full once, before later ones went
 
 
+@dataclass(slots=True)
+class _Shelf:
+    """A sheet and which of its passages are still there; a removal makes a new mask."""
+
+    sheet: Sheet
+    live: NDArray[np.bool_]
+
+    def remaining(self) -> list[int]:
+        numbers: list[int] = self.sheet.numbers[self.live].tolist()
+        return numbers
+
+
+class _ExactKeys:
+    """Exact routing keys ``[L, R, G, D]`` of passages in sheets, fetched when asked for."""
+
+    def __init__(self, fetch: Fetch) -> None:
+        self._fetch = fetch
+        self._held: OrderedDict[int, Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+        self.nbytes = 0
+
+    def get(self, number: int) -> Tensor | None:
+        """None for a passage that is gone, or damaged: it is named and stays out."""
+        with self._lock:
+            found = self._held.get(number)
+            if found is not None:
+                self._held.move_to_end(number)
+                return found
+        states = self.read(number)
+        if states is None:
+            return None
+        with self._lock:
+            self.nbytes += states.router_keys.nbytes if number not in self._held else 0
+            self._held[number] = states.router_keys
+            while self.nbytes > EXACT_BYTES and len(self._held) > 1:
+                self.nbytes -= self._held.popitem(last=False)[1].nbytes
+        return states.router_keys
+
+    def read(self, number: int) -> PassageStates | None:
+        """A passage's states, None as of ``get``."""
+        try:
+            return self._fetch(number)
+        except NotFoundError:
+            return None
+        except StateDamagedError as error:
+            logger.warning("left out of this memory until it is repaired: %s", error)
+            return None
+
+    def terms(self, number: int) -> Tensor | None:
+        """A passage's terms, None as of ``get``."""
+        states = self.read(number)
+        return None if states is None else states.terms
+
+    def drop(self, numbers: Iterable[int]) -> None:
+        """Keep nothing of these passages."""
+        with self._lock:
+            for number in numbers:
+                if (keys := self._held.pop(number, None)) is not None:
+                    self.nbytes -= keys.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class _SheetView:
+    """A sheet as one view sees it; beside ``_BlockView``."""
+
+    sheet: Sheet
+    lengths: Tensor
+    used: int
+    numbers: Numbers
+    visible: NDArray[np.bool_]
+    full: bool = True
+
+
 @dataclass(frozen=True, slots=True)
 class _BlockView:
     keys: Tensor
@@ -94,7 +178,7 @@ class _BlockView:
     def quantize(self, slot: int) -> QuantizedKeys:
         """The 8-bit copy of one layer, made at the first call."""
         if slot not in self.quantized:
-            self.quantized[slot] = QuantizedKeys.of(self.keys[slot])
+            self.quantized[slot] = QuantizedKeys.of(self.keys[slot]).pack()
         return self.quantized[slot]
 
 
@@ -103,10 +187,12 @@ class MemoryBank:
 
     Not thread-safe: one owner adds and removes; views may be read anywhere. ``fetch`` gives a passage's
     full states when a router layer has chosen it. ``exact``: every score comes from the keys as they are.
-    ``skim_from``: chunks from which on questions ``skim``; None, the default, never.
+    ``skim_from``: chunks from which on questions ``skim``; None, the default, never. ``skim_layers``: which
+    router layers it scores, by their numbers in the model; empty leaves it to this module.
     """
 
     skim_from: int | None = None
+    skim_layers: Sequence[int] = ()
 
     def __init__(
         self, msa: MSAConfig, fetch: Fetch, *, device: torch.device | str = "cpu", exact: bool = False
@@ -115,10 +201,11 @@ class MemoryBank:
         self.exact = exact
         self.fetch = fetch
         self.device = torch.device(device)
-        self.lexical = LexicalIndex()
+        self._exact_keys = _ExactKeys(fetch)
+        self.lexical = LexicalIndex(self._exact_keys.terms)
         self._blocks: list[_Block] = []
-        self._home: dict[int, _Block] = {}
-        self._dead = 0
+        self._shelves: list[_Shelf] = []
+        self._home: dict[int, _Block | _Shelf] = {}
 
     def __len__(self) -> int:
         return len(self._home)
@@ -139,42 +226,132 @@ class MemoryBank:
         if terms is not None:
             self.lexical.add(number, terms)
 
+    @property
+    def takes_sheets(self) -> bool:
+        """Whether ``add_sheet`` is of use: where 8-bit keys are scored first."""
+        return self._quantizes()
+
+    @property
+    def loose_numbers(self) -> list[int]:
+        """Passages that are held one by one, in no sheet."""
+        return [number for block in self._blocks for number in block.numbers]
+
+    @property
+    def loose_chunks(self) -> int:
+        """Chunks of those."""
+        return sum(block.used for block in self._blocks)
+
+    def add_sheet(self, pages: Pages, shape: tuple[int, int, int]) -> None:
+        """Hold the passages of a sheet, of router layers, heads and their width as in ``shape``.
+
+        Passages that were added one by one move there; none may lie in another sheet. StateDamagedError, and
+        nothing changes, if its sections do not fit.
+        """
+        sheet = Sheet(pages, shape)
+        numbers = sheet.numbers.tolist()
+        self.remove(number for number in numbers if number in self._home)
+        shelf = _Shelf(sheet, np.ones(len(numbers), dtype=bool))
+        self._shelves.append(shelf)
+        self._home.update(dict.fromkeys(numbers, shelf))
+        self.lexical.add_sheet(sheet)
+
+    def take_spoiled(self) -> tuple[list[int], list[int]]:
+        """Let go of sheets that were erased meanwhile, and of damaged ones; the passages they still held.
+
+        Erasing one passage of a sheet takes the whole sheet along: bring the others anew.
+        """
+        left: tuple[list[int], list[int]] = [], []
+        for shelf in list(self._shelves):
+            erased = not shelf.sheet.pages.intact()
+            if erased or shelf.sheet.damaged:
+                self._let_go(shelf)
+                for number in shelf.remaining():
+                    del self._home[number]
+                    left[0 if erased else 1].append(number)
+        return left
+
     def remove(self, numbers: Iterable[int]) -> None:
-        """Stop holding these passages; unknown numbers are ignored. Their rows are zeroed."""
-        for block, gone in self._by_block(numbers).items():
-            self._rebuild(self._blocks[block], gone)
+        """Stop holding these passages; unknown numbers are ignored. Their rows are zeroed.
+
+        Those of a sheet in a file are the file owner's to erase; a sheet in memory is let go of as a whole.
+        """
+        held = {number: self._home.pop(number) for number in numbers if number in self._home}
+        self._exact_keys.drop(held)
+        blocks: dict[int, tuple[_Block, set[int]]] = {}
+        shelves: dict[int, tuple[_Shelf, set[int]]] = {}
+        for number, home in held.items():
+            if isinstance(home, _Shelf):
+                shelves.setdefault(id(home), (home, set()))[1].add(number)
+            else:
+                blocks.setdefault(id(home), (home, set()))[1].add(number)
+        for block, gone in blocks.values():
+            self._rebuild(block, gone)
             self.lexical.remove(gone)
         self._blocks = [block for block in self._blocks if block.numbers]
+        for shelf, gone in shelves.values():
+            shelf.live = shelf.live & ~np.isin(shelf.sheet.numbers, list(gone))
+            shelf.sheet.pages.close()
+            if not shelf.live.any():
+                self._let_go(shelf)
+
+    def _let_go(self, shelf: _Shelf) -> None:
+        self._shelves = [held for held in self._shelves if held is not shelf]
+        self.lexical.remove_sheet(shelf.sheet)
 
     def view(self, visible: Numbers | None = None) -> BankView:
         """A snapshot in which only ``visible`` passage numbers (all when None) can be chosen."""
-        blocks = []
+        homes: list[_Shelf | _Block] = [*self._shelves, *self._blocks]
+        parts = [
+            home.sheet.numbers if isinstance(home, _Shelf) else np.array(home.numbers, dtype=np.int64)
+            for home in homes
+        ]
+        views: list[_BlockView | _SheetView] = []
         quantizes = self._quantizes()
-        for block in self._blocks:
-            numbers = np.asarray(block.numbers, dtype=np.int64)
-            mask = np.ones(len(numbers), dtype=bool) if visible is None else np.isin(numbers, visible)
-            if mask.any():
-                lengths = torch.tensor(block.lengths, device=self.device)
-                full = quantizes and block is not self._blocks[-1]
-                blocks.append(
-                    _BlockView(block.keys, lengths, block.used, numbers, mask, block.quantized, full)
-                )
-        view = BankView(self.msa, tuple(blocks), self.fetch, self.lexical)
-        chunks = sum(block.used for block in blocks)
+        for home, numbers, mask in zip(homes, parts, _masks(parts, visible), strict=True):
+            if isinstance(home, _Shelf):
+                mask &= home.live
+            if not mask.any():
+                continue
+            if isinstance(home, _Shelf):
+                sheet = home.sheet
+                views.append(_SheetView(sheet, torch.from_numpy(sheet.lengths), sheet.used, numbers, mask))
+            else:
+                lengths = torch.tensor(home.lengths, device=self.device)
+                full = quantizes and home is not self._blocks[-1]
+                views.append(_BlockView(home.keys, lengths, home.used, numbers, mask, home.quantized, full))
+        view = BankView(self.msa, views, self.fetch, self.lexical, self._exact_keys)
+        chunks = sum(one.used for one in views)
         suited = self.msa.router_normalize and not self.exact and len(self.msa.router_layers) > SKIM_FIRST
         view.skims = suited and self.skim_from is not None and chunks >= self.skim_from
+        view.skim_slots = self._skim_slots()
         return view
+
+    def _skim_slots(self) -> tuple[int, ...]:
+        layers = self.msa.router_layers
+        if unknown := set(self.skim_layers) - set(layers):
+            raise CheckpointError(
+                f"skim_layers names {sorted(unknown)}, which are no router layers; they are {list(layers)}"
+            )
+        first = range(min(SKIM_FIRST, len(layers) - 1), len(layers), SKIM_EVERY)
+        return tuple(layers.index(layer) for layer in self.skim_layers) or tuple(first)
 
     def quantize(self) -> None:
         """Make the 8-bit copies of all full blocks now, which questions else do one block at a time."""
         for block in self.view()._blocks if self._quantizes() else ():
-            for slot in range(len(block.keys) if block.full else 0):
-                block.quantize(slot)
+            if isinstance(block, _BlockView) and block.full:
+                for slot in range(len(block.keys)):
+                    block.quantize(slot)
 
     def nbytes(self) -> int:
-        """Bytes of resident routing keys, their 8-bit copies included."""
+        """Bytes of resident routing keys, their 8-bit copies included; not what is mapped from files."""
         copies = [copy.nbytes for block in self._blocks for copy in block.quantized.values()]
-        return sum(block.keys.nbytes for block in self._blocks) + sum(copies)
+        sheets = [shelf.sheet.pages.nbytes() for shelf in self._shelves]
+        return (
+            sum(block.keys.nbytes for block in self._blocks)
+            + sum(copies)
+            + sum(sheets)
+            + self._exact_keys.nbytes
+        )
 
     def _quantizes(self) -> bool:
         suitable = self.device.type == "cpu" and self.msa.head_reduce == "mean"
@@ -187,17 +364,11 @@ class MemoryBank:
             self._blocks.append(_Block(torch.zeros(shape, dtype=router_keys.dtype, device=self.device)))
         return self._blocks[-1]
 
-    def _by_block(self, numbers: Iterable[int]) -> dict[int, set[int]]:
-        places = {id(block): index for index, block in enumerate(self._blocks)}
-        gone: dict[int, set[int]] = {}
-        for number in numbers:
-            home = self._home.pop(number, None)
-            if home is not None:
-                gone.setdefault(places[id(home)], set()).add(number)
-        return gone
-
     def _rebuild(self, block: _Block, gone: set[int]) -> None:
         """Move the survivors to fresh rows: running views keep the old tensor, the new one has no trace."""
+        if len(gone) == len(block.numbers):
+            block.numbers = []
+            return
         kept = torch.zeros_like(block.keys)
         numbers, lengths, read, write = [], [], 0, 0
         for number, length in zip(block.numbers, block.lengths, strict=True):
@@ -216,13 +387,21 @@ class BankView:
 
     skims = False
     """Whether questions that attend to no memory should ``skim`` instead of scoring layer by layer."""
+    skim_slots: tuple[int, ...] = ()
+    """The router layers that a skim scores in full, by their place among them."""
 
     def __init__(
-        self, msa: MSAConfig, blocks: Sequence[_BlockView], fetch: Fetch, lexical: LexicalIndex
+        self,
+        msa: MSAConfig,
+        blocks: Sequence[_BlockView | _SheetView],
+        fetch: Fetch,
+        lexical: LexicalIndex,
+        exact: _ExactKeys,
     ) -> None:
         self.msa = msa
         self.fetch = fetch
         self._lexical = lexical
+        self._exact_keys = exact
         self._blocks = tuple(blocks)
         parts = [block.numbers for block in blocks]
         masks = [block.visible for block in blocks]
@@ -236,9 +415,10 @@ class BankView:
     def without(self, numbers: Iterable[int]) -> BankView:
         """The same snapshot with more passages masked."""
         masked = np.fromiter(numbers, dtype=np.int64)
-        blocks = [replace(b, visible=b.visible & ~np.isin(b.numbers, masked)) for b in self._blocks]
-        view = BankView(self.msa, blocks, self.fetch, self._lexical)
-        view.skims = self.skims
+        masks = _masks([block.numbers for block in self._blocks], masked)
+        blocks = [replace(b, visible=b.visible & ~mask) for b, mask in zip(self._blocks, masks, strict=True)]
+        view = BankView(self.msa, blocks, self.fetch, self._lexical, self._exact_keys)
+        view.skims, view.skim_slots = self.skims, self.skim_slots
         return view
 
     def score_words(self, terms: frozenset[int]) -> NDArray[np.float32]:
@@ -257,50 +437,103 @@ class BankView:
         others, nor on how full its block is. With ``best`` only that many of the highest need be exact, and
         at least 32 are; the others may come from 8-bit keys, with small errors.
         """
-        if self._blocks and self.msa.head_reduce == "mean" and kernels.usable(query, query.shape[-1]):
-            return self._score_in_one_pass(slot, query)
         if best is not None and any(block.full for block in self._blocks):
             return self._score_quantized(slot, query, max(best, LEAST_SETTLED))
-        parts = [self._score_block(block, slot, query) for block in self._blocks]
+        parts = [self._score_block(place, slot, query) for place in range(len(self._blocks))]
         scores = np.concatenate(parts) if parts else np.empty(0, dtype=np.float32)
         return np.where(self.visible, scores, np.float32(-np.inf))
 
     def settle(
-        self, scores: NDArray[np.float32], queries: Sequence[Tensor], bonus: NDArray[np.float32] | float = 0.0
+        self,
+        scores: NDArray[np.float32],
+        queries: Sequence[Tensor],
+        bonus: NDArray[np.float32] | float = 0.0,
+        count: int = 0,
     ) -> NDArray[np.float32]:
         """Scores ``[L, P]`` with those of the most relevant passages exact on every layer.
 
-        Relevant is what has the highest mean over the layers, plus ``bonus`` ``[P]``. ``queries`` are each
-        layer's router queries.
+        Relevant is what has the highest weighted mean over the layers, plus ``bonus`` ``[P]``: ``count`` of
+        them, and at least 128, as the scores say that are returned. ``queries`` are each layer's router
+        queries.
         """
-        if self.skims or not any(block.full for block in self._blocks):
+        count = max(count, SETTLED)
+        if not any(block.full for block in self._blocks) or (self.skims and count <= SKIM_KEPT):
             return scores  # exact where it matters
-        chosen = _highest(scores.mean(0) + bonus, SETTLED)
-        settled = scores.copy()
-        for slot, query in enumerate(queries):
-            settled[slot, chosen] = self._score_some(slot, query, chosen)
-        return settled
+        settled, done = scores.copy(), np.zeros(len(self.numbers), dtype=bool)
+        while True:  # an exact score may be lower than it looked, and let another one in
+            best = _highest(self.msa.mean_of_layers(settled) + bonus, count)
+            chosen = best[~done[best]]
+            if not len(chosen):
+                return settled
+            self._settle(settled, queries, chosen)
+            done[chosen] = True
+
+    def _settle(self, scores: NDArray[np.float32], queries: Sequence[Tensor], chosen: Numbers) -> None:
+        """Put the exact scores of these places in; what cannot be read scores -inf everywhere."""
+        for start in range(0, len(chosen), SETTLED):
+            part = chosen[start : start + SETTLED]
+            keys, lengths = self._gather(part, slice(None)), torch.from_numpy(self._lengths[part])
+            for slot, query in enumerate(queries):
+                scores[slot, part] = self._reduce(self._score_rows(keys[slot], query), lengths)
+        scores[:, ~self.visible] = -np.inf
 
     def skim(
-        self, queries: Sequence[Tensor], bonus: NDArray[np.float32] | float = 0.0
+        self,
+        queries: Sequence[Tensor],
+        bonus: NDArray[np.float32] | float = 0.0,
+        *,
+        best: int | None = None,
     ) -> NDArray[np.float32]:
         """Scores ``[L, P]`` of all layers, from a full pass over a few of them.
 
+        ``best``, how many each layer chooses, matters to banks whose scores come from other processes.
         The 512 passages with the highest mean over those layers, plus ``bonus`` ``[P]``, get their exact
         scores on every layer. The others keep that mean, lowered by 2 so that none comes before those 512.
         Their choice depends on nothing but the visible passages' keys: there is no index to build, to keep
         or to erase.
         """
-        first = range(min(SKIM_FIRST, len(queries) - 1), len(queries), SKIM_EVERY)
-        rough = np.mean([self.score(slot, queries[slot], best=1) for slot in first], axis=0)
+        rough = np.mean([self._score_first(slot, queries[slot]) for slot in self.skim_slots], axis=0)
         chosen = _highest(rough + bonus, SKIM_KEPT)
         scores = np.repeat((rough - np.float32(SKIM_BELOW))[None], len(queries), axis=0)
-        for slot, query in enumerate(queries):
-            scores[slot, chosen] = self._score_some(slot, query, chosen)
+        self._settle(scores, queries, chosen)
         return scores
 
-    def _score_block(self, block: _BlockView, slot: int, query: Tensor) -> NDArray[np.float32]:
-        return self._reduce(self._score_rows(block.keys[slot, : block.used], query), block.lengths)
+    def _score_block(self, place: int, slot: int, query: Tensor) -> NDArray[np.float32]:
+        block = self._blocks[place]
+        return self._reduce(
+            self._score_rows(self._rows(place, slice(slot, slot + 1))[0], query), block.lengths
+        )
+
+    def _gather(self, chosen: Numbers, slots: slice) -> Tensor:
+        """Exact keys ``[l, C, G, D]`` of the passages at these ascending places of ``numbers``."""
+        edges = np.searchsorted(chosen, self._firsts)
+        rows = [
+            self._rows(place, slots, chosen[edges[place] : edges[place + 1]] - self._firsts[place])
+            for place in np.flatnonzero(np.diff(edges)).tolist()
+        ]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+
+    def _rows(self, place: int, slots: slice, inside: Numbers | None = None) -> Tensor:
+        """Exact keys ``[l, C, G, D]`` of all passages of a block, or of those ``inside``.
+
+        A passage that cannot be read becomes invisible; zeros stand for it.
+        """
+        block = self._blocks[place]
+        if isinstance(block, _BlockView):
+            if inside is None:
+                return block.keys[slots, : block.used]
+            lengths = block.lengths.numpy()
+            starts = np.cumsum(lengths) - lengths
+            return block.keys[slots][:, torch.from_numpy(_ranges(starts[inside], lengths[inside]))]
+        parts, first = [], int(self._firsts[place])
+        layers, groups, dim = block.sheet.shape
+        for index in range(len(block.numbers)) if inside is None else inside.tolist():
+            keys = self._exact_keys.get(int(block.numbers[index])) if block.visible[index] else None
+            if keys is None:
+                self.visible[first + index] = False
+                keys = torch.zeros(layers, int(block.sheet.lengths[index]), groups, dim)
+            parts.append(keys[slots])
+        return torch.cat(parts, 1)
 
     def _score_rows(self, keys: Tensor, query: Tensor) -> Tensor:
         """Exact scores ``[C]`` of chunks ``[C, G, D]``."""
@@ -319,30 +552,46 @@ class BankView:
         )
         return scores
 
+    def _score_first(self, slot: int, query: Tensor) -> NDArray[np.float32]:
+        """Scores for a skim: approximate ones, where there are some."""
+        if any(block.full for block in self._blocks):
+            return self._score_approximately(slot, query)[0]
+        return self.score(slot, query)
+
     def _score_quantized(self, slot: int, query: Tensor, best: int) -> NDArray[np.float32]:
+        scores, error = self._score_approximately(slot, query)
+        done = np.zeros(len(scores), dtype=bool)
+        while True:  # a second time only where some could not be read, and others take their places
+            chosen = _highest(scores, best, 2 * error)
+            chosen = chosen[~done[chosen]]
+            scores[chosen] = self._score_some(slot, query, chosen)
+            done[chosen] = True
+            if np.isfinite(scores[chosen]).all():
+                return scores
+
+    def _score_approximately(self, slot: int, query: Tensor) -> tuple[NDArray[np.float32], float]:
+        """Scores of all passages and by how much one may differ from the exact score."""
         scale = self.msa.score_scale(query.shape[-1])
-        quantized = QuantizedQuery.of(query, self._blocks[0].keys.shape[2], self.msa.query_reduce)
+        quantized = QuantizedQuery.of(query, self._groups, self.msa.query_reduce)
         chunks = torch.empty(sum(block.used for block in self._blocks))
         error, spare, start = 0.0, 1, 0
-        for block in self._blocks:
+        for place, block in enumerate(self._blocks):
             part = chunks[start : start + block.used]
             start += block.used
-            known = slot in block.quantized
-            if block.full and (known or spare):  # no question waits for more than one copy
-                spare -= not known
+            if isinstance(block, _SheetView):
+                found = block.sheet.score(slot, quantized)
+            elif block.full and (slot in block.quantized or spare):  # no question waits for two copies
+                spare -= slot not in block.quantized
                 keys = block.quantize(slot)
-                part[:] = keys.score(quantized)[: block.used]
-                error = max(error, keys.error(quantized) * scale)
-                part *= scale
-            elif found := self._score_roughly(quantized, block.keys[slot, : block.used]):
+                found = keys.score(quantized)[: block.used], keys.error(quantized)
+            else:
+                found = self._score_roughly(quantized, block.keys[slot, : block.used])
+            if found is None:
+                part[:] = self._score_rows(self._rows(place, slice(slot, slot + 1))[0], query)
+            else:
                 torch.mul(found[0], scale, out=part)
                 error = max(error, found[1] * scale)
-            else:
-                part[:] = self._score_rows(block.keys[slot, : block.used], query)
-        scores = np.where(self.visible, self._reduce_all(chunks), np.float32(-np.inf))
-        chosen = _highest(scores, best, 2 * error)
-        scores[chosen] = self._score_some(slot, query, chosen)
-        return scores
+        return np.where(self.visible, self._reduce_all(chunks), np.float32(-np.inf)), error
 
     def _score_roughly(self, query: QuantizedQuery, keys: Tensor) -> tuple[Tensor, float] | None:
         return score_bfloat16(query, keys) if self.msa.router_normalize else None
@@ -360,51 +609,22 @@ class BankView:
         return np.concatenate([block.lengths.numpy() for block in self._blocks])
 
     def _score_some(self, slot: int, query: Tensor, chosen: Numbers) -> NDArray[np.float32]:
-        """Exact scores of the passages at these ascending places of ``numbers``."""
-        rows, counts = [], []
-        for block, first, lengths, starts in self._places:
-            low, high = np.searchsorted(chosen, (first, first + len(starts)))
-            if low < high:
-                inside = chosen[low:high] - first
-                counts.append(lengths[inside])
-                rows.append(block.keys[slot][torch.from_numpy(_ranges(starts[inside], counts[-1]))])
-        if not rows:
+        """Exact scores of the passages at these ascending places of ``numbers``; -inf where one is lost."""
+        if not len(chosen):
             return np.empty(0, dtype=np.float32)
-        return self._reduce(
-            self._score_rows(torch.cat(rows), query), torch.from_numpy(np.concatenate(counts))
-        )
+        rows = self._gather(chosen, slice(slot, slot + 1))[0]
+        scores = self._reduce(self._score_rows(rows, query), torch.from_numpy(self._lengths[chosen]))
+        return np.where(self.visible[chosen], scores, np.float32(-np.inf))
 
     @cached_property
-    def _places(self) -> list[tuple[_BlockView, int, Numbers, Numbers]]:
-        """Every block, its first passage's place in ``numbers``, its passages' chunks and first rows."""
-        places, first = [], 0
-        for block in self._blocks:
-            lengths = block.lengths.numpy()
-            places.append((block, first, lengths, np.cumsum(lengths) - lengths))
-            first += len(lengths)
-        return places
+    def _firsts(self) -> Numbers:
+        """Every block's first passage's place in ``numbers``, and their end."""
+        return np.cumsum([0, *(len(block.numbers) for block in self._blocks)])
 
     @cached_property
-    def _plan(self) -> RoutingPlan:
-        from msa_memory.engine.kernels.routing import KeyBlock, plan_routing
-
-        return plan_routing([KeyBlock(b.keys, b.lengths.tolist(), b.numbers) for b in self._blocks])
-
-    def _score_in_one_pass(self, slot: int, query: Tensor) -> NDArray[np.float32]:
-        from msa_memory.engine.kernels.routing import route_questions
-
-        routed = route_questions(
-            self._plan,
-            slot,
-            [query],
-            top_k=1,
-            scale=self.msa.score_scale(query.shape[-1]),
-            visible=torch.from_numpy(self.visible).to(query.device),
-            query_reduce=self.msa.query_reduce,
-            chunk_reduce=self.msa.chunk_reduce,
-        )
-        scores: NDArray[np.float32] = routed.scores[0].cpu().numpy()
-        return scores
+    def _groups(self) -> int:
+        block = self._blocks[0]
+        return block.sheet.shape[1] if isinstance(block, _SheetView) else block.keys.shape[2]
 
     def select(self, scores: NDArray[np.float32], k: int) -> Selection:
         """The k best visible passages, fewer when fewer are visible; ties go to the lower number."""
@@ -428,6 +648,15 @@ class BankView:
             torch.cat(keys, dim=1).to(like.device, like.dtype),
             torch.cat(values, dim=1).to(like.device, like.dtype),
         )
+
+
+def _masks(parts: Sequence[Numbers], chosen: Numbers | None) -> list[NDArray[np.bool_]]:
+    """Which numbers of each part are among the ``chosen``, all when None; as arrays of their own."""
+    if not parts:
+        return []
+    joined = np.concatenate(parts)
+    mask = np.ones(len(joined), dtype=bool) if chosen is None else np.isin(joined, chosen)
+    return np.split(mask, np.cumsum([len(part) for part in parts])[:-1])
 
 
 def _highest(scores: NDArray[np.float32], count: int, margin: float = 0.0) -> Numbers:

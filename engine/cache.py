@@ -20,6 +20,8 @@ class LayerCache:
         self.front = 0
         self.memory = 0
         self.length = 0
+        self.unfilled: Tensor | None = None
+        """How many of the memory's first keys mean nothing, ``[]``, as long as only the device knows."""
         self._hold(like.new_empty(2 * kv_heads, capacity, head_dim))
 
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -33,15 +35,23 @@ class LayerCache:
         part = self._room_for(both.shape[0])
         self._both[:, part] = both.transpose(0, 1)
 
-    def set_memory(self, keys: Tensor, values: Tensor) -> None:
-        """Replace the memory in front by ``[G, M, D]`` pooled keys and values."""
+    def set_memory(self, keys: Tensor, values: Tensor, unfilled: Tensor | None = None) -> None:
+        """Replace the memory in front by ``[G, M, D]`` pooled keys and values.
+
+        Where the host does not know yet how many there are, ``unfilled`` says how many of the first are
+        none, until ``keep_memory`` drops those.
+        """
         size = keys.shape[1]
         if size > self.front:
             self._resize(size, self.keys.shape[1] - self.front)
         part = slice(self.front - size, self.front)
         self.keys[:, part] = keys
         self.values[:, part] = values
-        self.memory = size
+        self.memory, self.unfilled = size, unfilled
+
+    def keep_memory(self, size: int) -> None:
+        """Keep the last so many of the memory's keys and values."""
+        self.memory, self.unfilled = min(self.memory, size), None
 
     def view(self) -> tuple[Tensor, Tensor]:
         """Keys and values ``[G, memory + length, D]`` to attend to."""

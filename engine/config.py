@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from msa_memory.errors import CheckpointError, ConfigError
 
 __all__ = ["BackboneConfig", "MSAConfig", "RopeConfig", "read_backbone", "read_msa"]
@@ -83,7 +86,8 @@ class MSAConfig:
 
     ``router_normalize`` scores with cosines; ``router_chunk`` pools routing keys over fewer tokens than
     K and V; ``positions`` is ``"reference"`` for the literal query start 3 + top_k, ``"head"`` for
-    len(head) + top_k.
+    len(head) + top_k. ``layer_weights`` is what each router layer's scores count in a passage's relevance,
+    in sum 1; empty, all count alike.
     """
 
     router_layers: tuple[int, ...]
@@ -99,6 +103,7 @@ class MSAConfig:
     infonce_temperature: float = 0.1
     positions: Literal["reference", "head"] = "head"
     evidence: Literal["generative", "router"] = "router"
+    layer_weights: tuple[float, ...] = ()
     loss_weights: Mapping[str, float] = field(
         default_factory=lambda: {"lm": 1.0, "aux": 0.1, "rec": 0.0, "ans": 1.0}
     )
@@ -117,6 +122,26 @@ class MSAConfig:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
         if list(self.router_layers) != sorted(set(self.router_layers)):
             raise CheckpointError(f"router layers {self.router_layers} must be distinct and ascending")
+        weights = self.layer_weights
+        if weights and (
+            len(weights) != len(self.router_layers)
+            or min(weights) < 0
+            or not math.isclose(sum(weights), 1.0, abs_tol=1e-3)
+        ):
+            raise CheckpointError(
+                f"router_layer_weights {list(weights)} must be one number of at least 0 for each of the "
+                f"{len(self.router_layers)} router layers, in sum 1"
+            )
+
+    def mean_of_layers(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The router layers' scores ``[L, ...]`` as one, weighted by ``layer_weights``."""
+        if not self.layer_weights:
+            mean: NDArray[np.float32] = scores.mean(axis=0)
+            return mean
+        weights = np.array(self.layer_weights, dtype=np.float32)
+        counted = weights > 0  # a masked passage scores -inf, which no weight of 0 may touch
+        total: NDArray[np.float32] = np.tensordot(weights[counted], scores[counted], axes=1)
+        return total
 
     def score_scale(self, head_dim: int) -> float:
         """Factor on per-head router scores: 1 for decoupled cosines, else 1/sqrt(D) (msa-spec 6.2)."""
@@ -194,6 +219,7 @@ def read_msa(config: Mapping[str, Any], *, router_normalize: bool | None = None)
         infonce_temperature=float(msa.get("infonce_loss_temp") or 0.1),
         positions=msa.get("positions") or ("reference" if config.get("model_type") == "msa" else "head"),
         evidence=msa.get("evidence") or ("generative" if config.get("model_type") == "msa" else "router"),
+        layer_weights=_read_layer_weights(msa.get("router_layer_weights")),
         loss_weights={
             "lm": _weight(msa, "lmloss_weigth", 1.0),
             "aux": _weight(msa, "auxloss_weight", 0.1),
@@ -236,6 +262,13 @@ def _read_layers(value: Any, num_layers: int) -> tuple[int, ...]:
     if not layers or layers[0] < 0 or layers[-1] >= num_layers:
         raise CheckpointError(f"router_layer_idx {value!r} names layers outside 0..{num_layers - 1}")
     return layers
+
+
+def _read_layer_weights(value: Any) -> tuple[float, ...]:
+    try:
+        return tuple(float(weight) for weight in value or ())
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"router_layer_weights {value!r:.80} is not a list of numbers") from error
 
 
 def _read_rope(config: Mapping[str, Any]) -> RopeConfig:

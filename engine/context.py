@@ -6,8 +6,12 @@ routers chose. Rows of a batch share the linear layers' work and nothing else. S
 
 from __future__ import annotations
 
+from collections import UserDict
+from collections.abc import MutableMapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,8 +23,13 @@ from msa_memory.engine.bank import BankView, Selection
 from msa_memory.engine.cache import SequenceCache
 from msa_memory.engine.config import MSAConfig
 from msa_memory.engine.decoder import Decoder
+from msa_memory.engine.device_bank import DeviceView, SharedRouting, as_selection
 from msa_memory.engine.states import HeadStates
+from msa_memory.engine.transfer import sent_numbers
 from msa_memory.errors import EngineError
+
+if TYPE_CHECKING:
+    from msa_memory.engine.kernels.routing import Routed
 
 __all__ = ["Feed", "Sequence", "advance", "route"]
 
@@ -39,7 +48,7 @@ class Sequence:
     view: BankView | None = None
     top_k: int = 16
     selections: dict[int, Selection] = field(default_factory=dict)
-    scores: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+    scores: MutableMapping[int, NDArray[np.float32]] = field(default_factory=dict)
     queries: dict[int, Tensor] = field(default_factory=dict)
     carried: dict[int, Tensor] = field(default_factory=dict)
     bonus: NDArray[np.float32] | float = 0.0
@@ -59,6 +68,7 @@ class Sequence:
     ) -> Sequence:
         return cls(SequenceCache(head, capacity), position, view, top_k)
 
+    @torch.inference_mode()
     def attend_to(self, selections: dict[int, Selection], slots: dict[int, int]) -> None:
         """Put the chosen passages' pooled K/V in front of each router layer's cache."""
         assert self.view is not None
@@ -95,48 +105,145 @@ class _ContextAttention:
         layers = decoder.msa.router_layers if decoder.msa else ()
         self.slots = {layer: slot for slot, layer in enumerate(layers)}
         self.last = layers[-1] if stop and layers else None
-        self.masks = [_mask(feed, decoder.device) for feed in feeds]
+        ends = list(accumulate(len(feed.ids) for feed in feeds))
+        self.parts = [slice(end - len(feed.ids), end) for end, feed in zip(ends, feeds, strict=True)]
+        routing = [
+            (feed.sequence, _routing_at(feed, part)) for feed, part in zip(feeds, self.parts, strict=True)
+        ]
+        self.routing = [
+            (row, sent_numbers(places, decoder.device))
+            for row, places in routing
+            if places and row.view is not None
+        ]
+        self.shared = _share([row for row, _ in self.routing])
 
     def __call__(self, layer: int, h: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
         slot = self.slots.get(layer)
-        outputs, start = [], 0
-        for feed, mask in zip(self.feeds, self.masks, strict=True):
-            part = slice(start, start + len(feed.ids))
-            start = part.stop
-            if slot is not None and mask is not None and self.msa is not None:
-                self._route(self.msa, feed.sequence, layer, slot, h[part][mask], q[part][mask])
-            if layer == self.last:
-                continue
-            outputs.append(self._attend(feed, layer, q[part], k[part], v[part]))
+        if slot is not None and self.msa is not None:
+            for row, places in self.routing:
+                self._ask(self.msa, row, layer, h[places], q[places])
+                if _device_view(row) is None:
+                    self._route(row, layer, slot)
+            for shared in self.shared:
+                shared.route(layer, slot, attach=self.attach)
         if layer == self.last:
             return None
+        outputs = [
+            self._attend(feed, layer, q[part], k[part], v[part])
+            for feed, part in zip(self.feeds, self.parts, strict=True)
+        ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _attend(self, feed: Feed, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache = feed.sequence.cache.layers[layer]
         cache.append(k, v)
         keys, values = cache.view()
+        unseen = cache.unfilled
         if feed.bidirectional:
             # Without a mask every query sees every key: one folded query per token.
-            return torch.cat([ops.attend(q[t : t + 1], keys, values, self.scale) for t in range(len(q))])
-        return ops.attend(q, keys, values, self.scale)
+            each = [ops.attend(q[t : t + 1], keys, values, self.scale, unseen) for t in range(len(q))]
+            return torch.cat(each)
+        return ops.attend(q, keys, values, self.scale, unseen)
 
-    def _route(self, msa: MSAConfig, row: Sequence, layer: int, slot: int, h: Tensor, q: Tensor) -> None:
-        if row.view is None:
-            return
+    def _ask(self, msa: MSAConfig, row: Sequence, layer: int, h: Tensor, q: Tensor) -> None:
+        """Note the router queries of a row on one layer."""
         query = self.decoder.attention(layer).router_query(h) if msa.decouple_router else q
         if msa.router_normalize:
             query = ops.normalize_heads(query)
         if layer in row.carried:
             query = torch.cat((row.carried[layer], query))
         row.queries[layer] = query
+
+    def _route(self, row: Sequence, layer: int, slot: int) -> None:
+        assert row.view is not None
         if row.view.skims and not self.attach:
             return  # scored when the queries of all layers are known
-        scores = row.view.score(slot, query, best=row.top_k)
+        scores = row.view.score(slot, row.queries[layer], best=row.top_k)
         row.scores[layer] = scores
         row.selections[layer] = row.view.select(scores, row.top_k)
         if self.attach:
             row._place(layer, slot, row.selections[layer])
+
+
+class _SharedRows:
+    """Rows of one pass that route over one state of a device's bank; the host learns of it at the end."""
+
+    def __init__(self, rows: Rows[Sequence], views: Rows[DeviceView]) -> None:
+        self.rows, self.views = rows, views
+        self.routing = SharedRouting(views, [row.top_k for row in rows])
+        self.routed: dict[int, tuple[Routed, Tensor | None]] = {}
+        """By layer, with the chunks ``[B]`` that the choices have."""
+
+    def route(self, layer: int, slot: int, *, attach: bool) -> None:
+        """Score and choose on the device; with ``attach`` put what was chosen into the caches."""
+        routed = self.routing(slot, [row.queries[layer] for row in self.rows])
+        chosen = self.routing.fetch(slot, routed.numbers) if attach else None
+        self.routed[layer] = routed, chosen.counts if chosen is not None else None
+        if chosen is None:
+            return
+        room = chosen.keys.shape[1]
+        places = torch.arange(room, device=chosen.keys.device)
+        for index, row in enumerate(self.rows):
+            filled = (places + chosen.counts[index]) % room  # to the end, where a memory has to lie
+            row.cache.layers[layer].set_memory(
+                chosen.keys[index, filled].transpose(0, 1),
+                chosen.values[index, filled].transpose(0, 1),
+                room - chosen.counts[index],
+            )
+
+    def learn(self) -> None:
+        """Tell the rows what was chosen: one wait for the device, and another for scores that are wanted now.
+
+        Raises:
+            NotFoundError: a passage that was chosen is forgotten since its view was taken.
+        """
+        told = torch.stack([_as_told(routed, counts) for routed, counts in self.routed.values()]).cpu()
+        attached = all(counts is not None for _, counts in self.routed.values())
+        scores = [routed.scores for routed, _ in self.routed.values()]
+        known: Rows[Any] = scores if attached else list(torch.stack(scores).cpu().numpy())
+        for index, (row, view) in enumerate(zip(self.rows, self.views, strict=True)):
+            row.scores = LateScores(
+                {layer: one[index] for layer, one in zip(self.routed, known, strict=True)}
+            )
+            for layer, (count, *chosen) in zip(self.routed, told[:, index].tolist(), strict=True):
+                half = len(chosen) // 2
+                row.selections[layer] = as_selection(chosen[:half], chosen[half:])
+                if attached:
+                    row.cache.layers[layer].keep_memory(int(count))
+                    view.check_held(row.selections[layer].numbers)
+
+
+class LateScores(UserDict[int, Any]):
+    """Scores ``[P]`` per router layer, which stay on a device until somebody looks at them."""
+
+    def __getitem__(self, layer: int) -> NDArray[np.float32]:
+        found = self.data[layer]
+        if isinstance(found, Tensor):
+            found = self.data[layer] = found.cpu().numpy()
+        scores: NDArray[np.float32] = found
+        return scores
+
+
+def _as_told(routed: Routed, counts: Tensor | None) -> Tensor:
+    """Counts, numbers and best scores as float64 ``[B, 1 + 2k]``, which holds them all exactly."""
+    numbers = routed.numbers.double()
+    first = numbers.new_zeros(len(numbers)) if counts is None else counts.double()
+    return torch.cat((first[:, None], numbers, routed.best.double()), 1)
+
+
+def _device_view(row: Sequence) -> DeviceView | None:
+    """What a row sees, where a device routes over it; nothing has to be routed over an empty bank."""
+    view = row.view
+    return view if isinstance(view, DeviceView) and view.state.plan is not None else None
+
+
+def _share(rows: Rows[Sequence]) -> list[_SharedRows]:
+    """The rows that look at a device's bank, by the state of it that they see."""
+    groups: dict[int, list[tuple[Sequence, DeviceView]]] = {}
+    for row in rows:
+        if (view := _device_view(row)) is not None:
+            groups.setdefault(id(view.state), []).append((row, view))
+    return [_SharedRows([row for row, _ in group], [view for _, view in group]) for group in groups.values()]
 
 
 @torch.inference_mode()
@@ -148,8 +255,8 @@ def advance(decoder: Decoder, feeds: Rows[Feed]) -> Tensor:
     """
     hidden = _forward(decoder, feeds, attach=True, stop=False)
     assert hidden is not None
-    ends = torch.tensor([len(feed.ids) for feed in feeds], device=decoder.device).cumsum(0) - 1
-    return decoder.logits(hidden[ends])
+    ends = [end - 1 for end in accumulate(len(feed.ids) for feed in feeds)]
+    return decoder.logits(hidden[sent_numbers(ends, decoder.device)])
 
 
 @torch.inference_mode()
@@ -163,7 +270,8 @@ def route(decoder: Decoder, feeds: Rows[Feed]) -> None:
     _forward(decoder, feeds, attach=False, stop=True)
     for row in (feed.sequence for feed in feeds):
         if row.view is not None and row.view.skims:
-            skimmed = row.view.skim([row.queries[layer] for layer in decoder.msa.router_layers], row.bonus)
+            queries = [row.queries[layer] for layer in decoder.msa.router_layers]
+            skimmed = row.view.skim(queries, row.bonus, best=row.top_k)
             row.scores = dict(zip(decoder.msa.router_layers, skimmed, strict=True))
             row.selections = {layer: row.view.select(s, row.top_k) for layer, s in row.scores.items()}
 
@@ -181,13 +289,12 @@ def _forward(decoder: Decoder, feeds: Rows[Feed], *, attach: bool, stop: bool) -
         row.fed_tokens += count
     attention = _ContextAttention(decoder, feeds, attach=attach, stop=stop)
     device = decoder.device
-    hidden: Tensor | None = decoder(
-        torch.tensor(ids, device=device), torch.tensor(positions, device=device), attention
-    )
+    hidden: Tensor | None = decoder(sent_numbers(ids, device), sent_numbers(positions, device), attention)
+    for shared in attention.shared:
+        shared.learn()
     return hidden
 
 
-def _mask(feed: Feed, device: torch.device) -> Tensor | None:
-    if feed.routes is None or not any(feed.routes):
-        return None
-    return torch.tensor(list(feed.routes), device=device)
+def _routing_at(feed: Feed, part: slice) -> list[int]:
+    """Where a feed's routing tokens lie in the flat run."""
+    return [part.start + place for place, routes in enumerate(feed.routes or ()) if routes]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from msa_memory.engine import kernels, ops
+from msa_memory.engine.cache import SequenceCache
 from msa_memory.engine.decoder import Decoder
 from msa_memory.engine.kernels import decoding, routing
 from msa_memory.engine.states import HeadStates
@@ -81,8 +82,9 @@ class DeviceRows:
     """B questions over one memory, as it is when the rows are made.
 
     Args:
-        position: rotary position of a row's first token.
+        position: rotary position of a row's first token, unless ``load`` says another.
         capacity: tokens a row can hold behind the template head.
+        memory_room: chunks a row can hold on each router layer; None is what ``top_k`` passages may take.
     """
 
     def __init__(
@@ -95,16 +97,21 @@ class DeviceRows:
         capacity: int,
         position: int,
         top_k: int,
+        memory_room: int | None = None,
     ) -> None:
         self.decoder, self.head, self.memory = decoder, head, memory
         self.top_k, self.capacity, self.first_position = top_k, capacity, position
         device = decoder.device
+        self.offsets = torch.full((rows,), position, dtype=torch.int64, device=device)
+        """What a place in a row's cache lacks to the rotary position of the token there."""
         self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)
         self.held = [0] * rows
         """The lengths as the host knows them: how many tokens it has asked for."""
-        layers = decoder.msa.router_layers if decoder.msa and memory else ()
+        if memory_room is None:
+            memory_room = top_k * memory.tier.largest if memory else 0
+        layers = decoder.msa.router_layers if decoder.msa and memory_room else ()
         self._slots = {layer: slot for slot, layer in enumerate(layers)}
-        room = max(1, top_k * memory.tier.largest) if memory else 1
+        room = max(1, memory_room)
         self._layers = [
             self._empty(rows, room if index in self._slots else 1)
             for index in range(decoder.config.num_layers)
@@ -116,7 +123,7 @@ class DeviceRows:
 
     def _empty(self, rows: int, room: int) -> _Layer:
         config, like = self.decoder.config, self.head.keys
-        own = (rows, config.num_kv_heads, self.capacity, config.head_dim)
+        own = (rows, config.num_kv_heads, self.capacity + 1, config.head_dim)  # one to write what is not kept
         memory = (rows, room, config.num_kv_heads, config.head_dim)
         counts = torch.zeros(rows, dtype=torch.int32, device=like.device)
         return _Layer(
@@ -132,8 +139,45 @@ class DeviceRows:
         """Make a row ready for another question."""
         self.lengths[row] = 0
         self.held[row] = 0
+        self.offsets[row] = self.first_position
         for layer in self._layers:
             layer.counts[row] = 0
+
+    def fits(self, cache: SequenceCache) -> bool:
+        """Whether a row can hold this sequence and one more token."""
+        rooms = [
+            layer.memory_keys.shape[1] if i in self._slots else 0 for i, layer in enumerate(self._layers)
+        ]
+        known = zip(cache.layers, rooms, strict=True)
+        return cache.length < self.capacity and all(layer.memory <= room for layer, room in known)
+
+    @torch.inference_mode()
+    def load(self, row: int, cache: SequenceCache, position: int) -> None:
+        """Make a row go on from a sequence that fits; ``position`` is the rotary one of its next token.
+
+        A sequence's cache begins with its template head: rows that are loaded have an empty one of their own.
+        """
+        length = cache.length
+        for mine, theirs in zip(self._layers, cache.layers, strict=True):
+            size = theirs.memory
+            for own, memory, found in (
+                (mine.keys, mine.memory_keys, theirs.view()[0]),
+                (mine.values, mine.memory_values, theirs.view()[1]),
+            ):
+                own[row, :, :length] = found[:, size:]
+                if size:
+                    memory[row, :size] = found[:, :size].transpose(0, 1)
+            mine.counts[row] = size
+        self.lengths[row] = self.held[row] = length
+        self.offsets[row] = position - length
+
+    @torch.inference_mode()
+    def unload(self, row: int, cache: SequenceCache) -> None:
+        """Bring the tokens that a row took since it was loaded back into the sequence's cache."""
+        fresh = slice(cache.length, self.held[row])
+        if fresh.start < fresh.stop:
+            for mine, theirs in zip(self._layers, cache.layers, strict=True):
+                theirs.append(*(own[row, :, fresh].transpose(0, 1) for own in (mine.keys, mine.values)))
 
     @torch.inference_mode()
     def feed(self, prompts: Sequence[Prompt]) -> Tensor:
@@ -150,26 +194,37 @@ class DeviceRows:
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
-        """Feed one token ``[B]`` to every row: logits ``[B, V]``.
+        """Feed one token ``[N]`` to each of the first N rows, where it is not negative: logits ``[N, V]``.
 
         Reads and writes device tensors only; a captured graph of it may be replayed. Count the step with
         ``stepped`` on the host.
         """
-        places = self.lengths.clamp(max=self.capacity - 1).long()  # a row that is done may stand still
-        self.lengths.add_(1)
-        hidden = self.decoder(ids, places + self.first_position, _StepAttention(self, places))
+        rows = len(ids)
+        lengths = self.lengths[:rows]
+        # What a row that stands still writes lies behind its last token.
+        places = lengths.clamp(max=self.capacity).long()
+        lengths.add_(ids >= 0)
+        attention = _StepAttention(self, places)
+        hidden = self.decoder(ids.clamp(min=0), places + self.offsets[:rows], attention)
         assert hidden is not None
         return self.decoder.logits(hidden)
 
-    def stepped(self) -> None:
-        """Note on the host that every row took a token.
+    def stepped(self, rows: Sequence[int] | None = None) -> None:
+        """Note on the host that these rows (all when None) took a token.
 
         Raises:
             EngineError: a row is full.
         """
-        if max(self.held) >= self.capacity:
-            raise EngineError(f"a row holds {max(self.held)} tokens, its capacity; make rows with more room")
-        self.held = [held + 1 for held in self.held]
+        for row in range(len(self.held)) if rows is None else rows:
+            if self.held[row] >= self.capacity:
+                raise EngineError(
+                    f"a row holds {self.held[row]} tokens, its capacity; make rows with more room"
+                )
+            self.held[row] += 1
+
+    def forget_step(self) -> None:
+        """Make the device's lengths what the host knows, after a step that failed."""
+        self.lengths.copy_(torch.tensor(self.held, dtype=torch.int32))
 
     def _lay_out(self, prompts: Sequence[Prompt]) -> tuple[list[_Span], Tensor, Tensor]:
         ids: list[int] = []
@@ -282,8 +337,8 @@ class _StepAttention:
         self.scale = rows.decoder.config.head_dim**-0.5
 
     def __call__(self, layer: int, h: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows, caches = self.rows, self.rows._layers[layer]
-        at = (rows._rows[:, None], rows._groups[None, :], self.places[:, None])
+        rows, caches, count = self.rows, self.rows._layers[layer], len(self.places)
+        at = (rows._rows[:count, None], rows._groups[None, :], self.places[:, None])
         caches.keys.index_put_(at, k)
         caches.values.index_put_(at, v)
         context = decoding.Context(
@@ -291,11 +346,11 @@ class _StepAttention:
             rows.head.values[layer],
             caches.memory_keys.flatten(0, 1),
             caches.memory_values.flatten(0, 1),
-            rows._tables[layer in rows._slots],
-            caches.counts,
-            caches.keys,
-            caches.values,
-            rows.lengths,
+            rows._tables[layer in rows._slots][:count],
+            caches.counts[:count],
+            caches.keys[:count],
+            caches.values[:count],
+            rows.lengths[:count],
         )
         attend = (
             decoding.attend_decode if kernels.usable(q, q.shape[-1]) else decoding.attend_decode_reference

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from collections.abc import Sequence as Turns
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -22,14 +22,15 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from msa_memory.engine import ops
+from msa_memory.engine import kernels, ops
 from msa_memory.engine.adapter import Adapter, load_adapter, merge
-from msa_memory.engine.bank import BankView, MemoryBank, Selection
+from msa_memory.engine.bank import SETTLED, BankView, MemoryBank, Selection
 from msa_memory.engine.checkpoint import Checkpoint, open_checkpoint
 from msa_memory.engine.config import MSAConfig, read_backbone, read_msa
-from msa_memory.engine.context import Feed, advance, route
+from msa_memory.engine.context import Feed
 from msa_memory.engine.context import Sequence as Row
 from msa_memory.engine.decoder import Decoder
+from msa_memory.engine.device_bank import DeviceBank
 from msa_memory.engine.encoding import encode_head, encode_passage
 from msa_memory.engine.fingerprint import fingerprint_files
 from msa_memory.engine.generation import Generation
@@ -39,7 +40,7 @@ from msa_memory.engine.layout import Layout, PromptLayout, read_layout
 from msa_memory.engine.lexical import passage_terms, question_terms
 from msa_memory.engine.passages import Span, split_passages
 from msa_memory.engine.sampling import Constraint, SamplingOptions, without_doubtful
-from msa_memory.engine.serving import Batch
+from msa_memory.engine.serving import Batch, at_once
 from msa_memory.engine.states import HeadStates, PassageStates
 from msa_memory.engine.stepper import Stepper, packed_stepper, plain_stepper
 from msa_memory.engine.tokenizer import Tokenizer
@@ -48,6 +49,10 @@ from msa_memory.errors import ConfigError, ModelNotFoundError
 __all__ = ["DecodeWeights", "Engine", "Routing", "load_engine"]
 
 DecodeWeights = Literal["auto", "exact", "packed"]
+ENCODED_TOKENS = 32_768
+"""Of the passages that a GPU reads in one pass."""
+DEVICE_PROMPT_TOKENS = 8192
+"""Of all prompts together in one pass on a GPU, which reads as many while a decoding row hardly waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +72,18 @@ class Routing:
     words: NDArray[np.float32]
     """The lexical scores ``[P]``, 0..1."""
     lexical_weight: float
+    exact: int = field(default_factory=lambda: SETTLED)
+    """So many of the most relevant passages have exact scores on every layer, if not all."""
+
+    def settled(self, count: int) -> Routing:
+        """The same with at least so many exact scores."""
+        bonus = self.lexical_weight * self.words
+        scores = self.view.settle(self.scores, list(self.queries.values()), bonus, count)
+        return replace(self, scores=scores, exact=max(count, self.exact))
 
     def mean(self) -> NDArray[np.float32]:
-        """Mean score over the router layers ``[P]``."""
-        mean: NDArray[np.float32] = self.scores.mean(axis=0)
-        return mean
+        """Mean score over the router layers ``[P]``, as the model weighs them."""
+        return self.view.msa.mean_of_layers(self.scores)
 
     def relevance(self) -> NDArray[np.float32]:
         """Weighted mean of the routers' mean and the lexical score ``[P]``, -1..1; masked ones -inf."""
@@ -101,8 +113,12 @@ class Engine:
 
     @cached_property
     def batch(self) -> Batch:
-        """The answers that are decoded together."""
-        return Batch(self.decoder, self.stepper)
+        """The questions that are read and answered together; on a GPU in its slots of running answers."""
+        if not self.uses_kernels:
+            return Batch(self.decoder, prepare=lambda: self.stepper, shares_prompts=False)
+        from msa_memory.engine.device_stepper import device_stepper
+
+        return Batch(self.decoder, None, DEVICE_PROMPT_TOKENS, prepare=partial(device_stepper, self.decoder))
 
     @cached_property
     def head(self) -> HeadStates:
@@ -114,9 +130,21 @@ class Engine:
         """The tokens that may occur while the model names passages."""
         return RetrievalTokens(self.tokenizer, self.prompt.layout.delimiter)
 
+    @cached_property
+    def uses_kernels(self) -> bool:
+        """Whether banks, encoding and decoding go the device's way: on CUDA, with heads the kernels take."""
+        like = torch.empty(0, dtype=self.decoder.dtype, device=self.decoder.device)
+        return like.is_cuda and kernels.usable(like, self.decoder.config.head_dim)
+
     @property
     def max_positions(self) -> int:
         return self.decoder.config.max_positions
+
+    @property
+    def skim_layers(self) -> tuple[int, ...]:
+        """The router layers that a skim of a large memory scores; empty where the model names none."""
+        named: Any = self.calibration.get("skim_layers") or ()
+        return tuple(map(int, named))
 
     @property
     def reads_turns(self) -> bool:
@@ -132,8 +160,27 @@ class Engine:
         states = encode_passage(self.decoder, self.prompt.document(number, header, text))
         return replace(states, terms=passage_terms(header + text))
 
+    def encode_many(self, passages: Iterable[tuple[int, str, str]]) -> Iterator[PassageStates]:
+        """States of passages given as (number, header, text), in their order.
+
+        A GPU reads many in one pass, and their states arrive in host memory. A CPU reads each alone, when
+        its turn comes: no bit of it depends on what stands beside.
+        """
+        if not self.uses_kernels:
+            yield from (self.encode(*passage) for passage in passages)
+            return
+        from msa_memory.engine.packed_encoding import encode_packed, token_batches
+
+        asked = ((self.prompt.document(*passage), passage) for passage in passages)
+        for batch in token_batches(asked, ENCODED_TOKENS):
+            states = encode_packed(self.decoder, [ids for ids, _ in batch]).apart()
+            for (_, (_, header, text)), one in zip(batch, states, strict=True):
+                yield replace(one, terms=passage_terms(header + text))
+
     def new_bank(self, fetch: Callable[[int], PassageStates]) -> MemoryBank:
-        """An empty bank of this model's states."""
+        """An empty bank of this model's states; a GPU's kernels choose from theirs (``device_bank``)."""
+        if self.uses_kernels and self.msa.head_reduce == "mean":
+            return DeviceBank(self.msa, fetch, device=self.decoder.device)
         return MemoryBank(self.msa, fetch, device=self.decoder.device)
 
     def start(self, view: BankView | None, *, top_k: int | None = None, capacity: int = 256) -> Row:
@@ -147,7 +194,7 @@ class Engine:
             capacity=capacity,
         )
 
-    def route(
+    def route_steps(
         self,
         question: str,
         view: BankView,
@@ -156,8 +203,10 @@ class Engine:
         evidence: str = "",
         turns_before: str = "",
         lexical_weight: float | None = None,
-    ) -> Routing:
+    ) -> Generator[None, None, Routing]:
         """Score all visible passages for a question (router evidence, pass 1: no memory attention).
+
+        Questions that run in turn share a pass; so do those of ``read_steps`` and ``chat_steps``.
 
         With ``evidence`` the newest evidence routes along with the question, as in a later round;
         ``turns_before`` is read before it and does not route. ``lexical_weight`` None is the model's own.
@@ -172,7 +221,7 @@ class Engine:
         )
         row = self.start(view, top_k=top_k, capacity=len(ids))
         row.bonus = weight * words
-        route(self.decoder, [Feed(row, ids, routes)])
+        yield from self.batch.route(Feed(row, ids, routes))
         scores = np.stack([row.scores[layer] for layer in self.msa.router_layers])
         return Routing(
             view.numbers,
@@ -184,6 +233,8 @@ class Engine:
             words,
             weight,
         )
+
+    route = at_once(route_steps)
 
     def best_chunk(self, routing: Routing, number: int, header: str, text: str) -> tuple[int, int]:
         """Characters of ``text`` that the routers score highest within one passage, one router chunk long."""
@@ -198,7 +249,7 @@ class Engine:
             )
             for slot, layer in enumerate(self.msa.router_layers)
         ]
-        best = int(torch.stack(scores).mean(0).argmax())
+        best = int(self.msa.mean_of_layers(torch.stack(scores).cpu().numpy()).argmax())
         return self._characters(best, number, header, text)
 
     def _characters(self, chunk: int, number: int, header: str, text: str) -> tuple[int, int]:
@@ -211,7 +262,7 @@ class Engine:
         first = min(first, last)
         return max(0, offsets[first][0] - len(before)), max(0, min(len(text), offsets[last][1] - len(before)))
 
-    def read(
+    def read_steps(
         self,
         view: BankView,
         selections: dict[int, Selection],
@@ -219,7 +270,7 @@ class Engine:
         options: SamplingOptions,
         constraint: Constraint | None = None,
         known: Row | None = None,
-    ) -> Generation:
+    ) -> Generator[None, None, Generation]:
         """Prefill a prompt with evidence over the chosen passages' states (pass 2); decode is next.
 
         ``ids`` come from ``prompt.reading`` or ``prompt.conversation``; ``known`` has read the first of them
@@ -230,19 +281,21 @@ class Engine:
         if row is None:
             row = self.start(view, capacity=len(ids) + options.max_new_tokens)
             row.attend_to(selections, {layer: slot for slot, layer in enumerate(self.msa.router_layers)})
-        logits = advance(self.decoder, [Feed(row, ids[row.fed_tokens :])])[0]
+        logits = yield from self.batch.feed(Feed(row, ids[row.fed_tokens :]))
         sure = self.calibration.get("refusal_logprob")
         if sure is not None and constraint is None and self.prompt.refusal:
             logits = without_doubtful(logits, self.prompt.refusal[0], sure)
         return Generation(self.tokenizer, options, row, logits, constraint, ids)
 
-    def chat(
+    read = at_once(read_steps)
+
+    def chat_steps(
         self,
         ids: list[int],
         options: SamplingOptions,
         constraint: Constraint | None = None,
         known: Row | None = None,
-    ) -> Generation:
+    ) -> Generator[None, None, Generation]:
         """Prefill a plain conversation, without any memory; decode is next. ``known`` as in ``read``."""
         row = known or Row.start(
             self.decoder,
@@ -252,8 +305,10 @@ class Engine:
             top_k=0,
             capacity=len(ids) + options.max_new_tokens,
         )
-        logits = advance(self.decoder, [Feed(row, ids[row.fed_tokens :])])
-        return Generation(self.tokenizer, options, row, logits[0], constraint, ids)
+        logits = yield from self.batch.feed(Feed(row, ids[row.fed_tokens :]))
+        return Generation(self.tokenizer, options, row, logits, constraint, ids)
+
+    chat = at_once(chat_steps)
 
     def chat_ids(self, turns: Turns[tuple[str, str]]) -> list[int]:
         """Ids of (role, content) turns in the checkpoint's own chat template.
@@ -462,7 +517,8 @@ def _fingerprint(
     added = [routers.weights if routers else None, adapter]
     weights = [*checkpoint.weight_files, *(file for file in added if file is not None)]
     settings = {**asdict(msa), "layout": layout.as_dict(), "tokenizer": tokenizer.digest()}
-    for unrelated in ("loss_weights", "aux_loss_method", "infonce_temperature", "evidence", "top_k"):
+    of_training = ("loss_weights", "aux_loss_method", "infonce_temperature")
+    for unrelated in (*of_training, "evidence", "top_k", "layer_weights"):
         settings.pop(unrelated)
     for reading in ("evidence_before", "evidence_after", "refusal"):
         settings["layout"].pop(reading)

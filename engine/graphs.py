@@ -65,7 +65,8 @@ class Replay:
                 put_back()
         main.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # What other threads allocate meanwhile is none of this capture's business.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._output = self._step(self._inputs)
         self._graph = graph
         return graph

@@ -169,7 +169,7 @@ class Interleave:
         """Mean score over the router layers of every visible passage, from the last routing."""
         if not self.row.scores:
             return {}
-        mean = np.stack(list(self.row.scores.values())).mean(axis=0)
+        mean = self.view.msa.mean_of_layers(np.stack(list(self.row.scores.values())))
         return {int(n): float(s) for n, s in zip(self.view.numbers, mean, strict=True) if np.isfinite(s)}
 
     def _retrieve(self, visible: list[int], logits: Tensor) -> Generator[None, None, RetrievalTurn]:

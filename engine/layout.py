@@ -163,6 +163,23 @@ class PromptLayout:
             ids += [*opening, *self.tokenizer.encode(content), *self.tail]
         return [*ids, *self.response]
 
+    def next_turn(self, answer: str, evidence: str, question: str) -> list[int]:
+        """Ids that follow on a conversation's last user turn: the answer to it and the next user turn.
+
+        ``evidence`` is what is new of it; it may be empty: what the turn is about stands further up then.
+        """
+        layout = self.layout
+        before = layout.evidence_before + evidence if evidence else ""
+        content = (before + layout.evidence_after + question).lstrip()
+        return [
+            *self.tokenizer.encode(answer),
+            *self.tail,
+            *self.head,
+            *self.tokenizer.encode(content),
+            *self.tail,
+            *self.response,
+        ]
+
     def follow_up(self, evidence: str, question: str) -> tuple[list[int], list[bool]]:
         """Ids that route a later round of router evidence: the newest evidence, then the question."""
         ids = self.tokenizer.encode(evidence + "\n") + self.tokenizer.encode(question)

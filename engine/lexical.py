@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from zlib import crc32
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from msa_memory.engine.sheets import Sheet
 
 __all__ = ["COMMON_WORDS", "LexicalIndex", "bm25", "passage_terms", "question_terms"]
 
@@ -73,12 +75,20 @@ _COMMON = frozenset(_hash(_stem(word)) for word in COMMON_WORDS)
 
 
 class LexicalIndex:
-    """Postings of all passages of a bank, by term. Not thread-safe: the bank's owner adds and removes."""
+    """Postings of all passages of a bank, by term. Not thread-safe: the bank's owner adds and removes.
 
-    def __init__(self) -> None:
+    Those of a sheet stay in it. ``terms_of`` gives the terms of a passage whose sheet cannot be read, None
+    where the passage cannot be read either.
+    """
+
+    def __init__(self, terms_of: Callable[[int], Tensor | None] = lambda number: None) -> None:
+        self._terms_of = terms_of
         self._postings: dict[int, _Postings] = {}
         self._terms: dict[int, Numbers] = {}
         self._lengths: dict[int, int] = {}
+        self._sheets: list[Sheet] = []
+        self._in_sheets: tuple[Numbers, Numbers] | None = None
+        """Numbers of all passages in sheets, ascending, and their words."""
 
     def add(self, number: int, terms: Tensor) -> None:
         """Hold the terms ``[terms, 2]`` of a passage."""
@@ -99,13 +109,65 @@ class LexicalIndex:
             if not self._postings[term].drop(lost):
                 del self._postings[term]
 
+    def add_sheet(self, sheet: Sheet) -> None:
+        """Hold the terms of a sheet's passages, which must not be held otherwise."""
+        self._sheets.append(sheet)
+        self._in_sheets = None
+
+    def remove_sheet(self, sheet: Sheet) -> None:
+        """Hold nothing of a sheet any more."""
+        self._sheets = [held for held in self._sheets if held is not sheet]
+        self._in_sheets = None
+
     def lengths(self, numbers: Numbers) -> NDArray[np.float32]:
         """Words per passage ``[P]``; 0 where a passage is not held."""
-        return np.array([self._lengths.get(number, 0) for number in numbers.tolist()], dtype=np.float32)
+        lengths = np.zeros(len(numbers), dtype=np.float32)
+        known, words = self._words_in_sheets()
+        if len(known):
+            places = np.minimum(np.searchsorted(known, numbers), len(known) - 1)
+            lengths = np.where(known[places] == numbers, words[places], 0).astype(np.float32)
+        if self._lengths:
+            alone = np.array([self._lengths.get(number, 0) for number in numbers.tolist()], dtype=np.float32)
+            lengths = np.maximum(lengths, alone)  # a passage is held once
+        return lengths
+
+    def _words_in_sheets(self) -> tuple[Numbers, Numbers]:
+        if self._in_sheets is None:
+            numbers = np.concatenate([_NONE, *(sheet.numbers for sheet in self._sheets)])
+            words = np.concatenate([_NONE, *(sheet.words for sheet in self._sheets)])
+            order = np.argsort(numbers)
+            self._in_sheets = numbers[order], words[order]
+        return self._in_sheets
 
     def postings(self, terms: Iterable[int]) -> Mapping[int, tuple[Numbers, Numbers]]:
         """Passage numbers and counts of each term that occurs anywhere."""
-        return {term: self._postings[term].arrays() for term in terms if term in self._postings}
+        asked = sorted(terms)
+        parts: dict[int, list[tuple[Numbers, Numbers]]] = {
+            term: [self._postings[term].arrays()] for term in asked if term in self._postings
+        }
+        for sheet in self._sheets:
+            found = sheet.postings(asked)
+            for term, part in (self._read(sheet, asked) if found is None else found).items():
+                parts.setdefault(term, []).append(part)
+        return {term: _joined(found) for term, found in parts.items()}
+
+    def _read(self, sheet: Sheet, asked: list[int]) -> dict[int, tuple[Numbers, Numbers]]:
+        """A sheet's postings from its passages themselves."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        wanted = set(asked)
+        for number in sheet.numbers.tolist():
+            terms = self._terms_of(number)
+            for term, count in () if terms is None else terms.tolist():
+                if term in wanted:
+                    found.setdefault(term, []).append((number, count))
+        tables = {term: np.array(pairs, dtype=np.int64) for term, pairs in found.items()}
+        return {term: (table[:, 0], table[:, 1]) for term, table in tables.items()}
+
+
+def _joined(parts: list[tuple[Numbers, Numbers]]) -> tuple[Numbers, Numbers]:
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate([numbers for numbers, _ in parts]), np.concatenate([counts for _, counts in parts])
 
 
 class _Postings:

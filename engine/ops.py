@@ -35,7 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * wide.to(x.dtype)
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float, unseen: Tensor | None = None) -> Tensor:
     """Attention of the last T tokens of a sequence over all S keys, causal and right-aligned.
 
     Args:
@@ -43,25 +43,28 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         keys, values: ``[G, S, D]`` with S >= T; the last T keys belong to the queries themselves, all
             earlier keys are visible to every query. Query head h reads KV head ``h // (H/G)``.
         scale: factor on the dot products.
+        unseen: a number on the device, ``[]``: so many keys at the start are visible to no query.
 
     Returns:
         ``[T, H, D]``.
     """
     tokens, heads, dim = query.shape
     groups, total, _ = keys.shape
-    if tokens == 1:
+    if tokens == 1 and unseen is None:
         folded = query.view(groups, heads // groups, dim)
         out = F.scaled_dot_product_attention(folded[None], keys[None], values[None], scale=scale)
         return out[0].reshape(1, heads, dim)
     per_head = query.transpose(0, 1)  # [H, T, D]
     keys, values = _expand(keys, heads), _expand(values, heads)
-    if total == tokens:
+    if total == tokens and unseen is None:
         out = F.scaled_dot_product_attention(
             per_head[None], keys[None], values[None], is_causal=True, scale=scale
         )
     else:
         visible = torch.ones(tokens, total, dtype=torch.bool, device=query.device)
         visible = visible.tril(total - tokens)
+        if unseen is not None:
+            visible &= torch.arange(total, device=query.device) >= unseen
         out = F.scaled_dot_product_attention(
             per_head[None], keys[None], values[None], attn_mask=visible, scale=scale
         )

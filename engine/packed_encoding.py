@@ -7,8 +7,9 @@ few copies. Needs Triton to be installed, also where it falls back to plain torc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,9 +23,14 @@ from msa_memory.engine.kernels.pooling import (
     pool_states,
     pool_states_reference,
 )
+from msa_memory.engine.states import PassageStates
+from msa_memory.engine.transfer import sent, sent_numbers
 from msa_memory.errors import EngineError
 
-__all__ = ["PackedStates", "encode_packed"]
+__all__ = ["PackedStates", "encode_packed", "token_batches"]
+
+Known = TypeVar("Known", bound=tuple[Sequence[int], Any])
+"""A passage's token ids and what else its owner knows of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,28 @@ class PackedStates:
     chunks: tuple[int, ...]
     router_chunks: tuple[int, ...]
 
+    def apart(self) -> list[PassageStates]:
+        """The states of each passage, in host memory and without terms; three copies for all of them."""
+        keys, values = (
+            pooled.transpose(1, 2).cpu().split(list(self.chunks), 2) for pooled in (self.keys, self.values)
+        )
+        router_keys = self.router_keys.cpu().split(list(self.router_chunks), 1)
+        return list(map(PassageStates, keys, values, router_keys))
+
+
+def token_batches(passages: Iterable[Known], most: int) -> Iterator[list[Known]]:
+    """Passages, each behind its token ids, in batches of at most ``most`` tokens or of one passage."""
+    batch: list[Known] = []
+    tokens = 0
+    for passage in passages:
+        if batch and tokens + len(passage[0]) > most:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(passage)
+        tokens += len(passage[0])
+    if batch:
+        yield batch
+
 
 @torch.inference_mode()
 def encode_packed(decoder: Decoder, passages: Sequence[Sequence[int]]) -> PackedStates:
@@ -55,8 +83,8 @@ def encode_packed(decoder: Decoder, passages: Sequence[Sequence[int]]) -> Packed
         raise EngineError("every passage needs at least one token, and a batch at least one passage")
     lengths = [len(ids) for ids in passages]
     reader = _BatchReader(decoder, decoder.msa, lengths)
-    tokens = torch.tensor([token for ids in passages for token in ids], device=decoder.device)
-    positions = torch.cat([torch.arange(length) for length in lengths]).to(decoder.device)
+    tokens = sent_numbers([token for ids in passages for token in ids], decoder.device)
+    positions = sent(torch.cat([torch.arange(length) for length in lengths]), decoder.device)
     decoder(tokens, positions, reader)
     return PackedStates(
         torch.stack([pooled.keys for pooled in reader.pooled]),

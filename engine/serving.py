@@ -8,24 +8,40 @@ sampling.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from functools import wraps
+from typing import Literal, ParamSpec, Protocol, TypeVar
 
 from torch import Tensor
 
 from msa_memory.engine.context import Feed, advance, route
+from msa_memory.engine.context import Sequence as Row
 from msa_memory.engine.decoder import Decoder
 from msa_memory.engine.generation import Ahead, Generation
-from msa_memory.engine.stepper import Stepper
 
-__all__ = ["Batch"]
+__all__ = ["Batch", "Stepping", "at_once"]
 
 PROMPT_TOKENS = 512
 """Of all prompts together in one pass: what a decoding row waits for at most."""
+P = ParamSpec("P")
+T = TypeVar("T")
 Way = Literal["advance", "route", "step"]
 """How to feed: through the decoder, through its routers only, or through the stepper."""
+
+
+class Stepping(Protocol):
+    """What answers are decoded with, instead of the decoder itself: ``Stepper`` or ``DeviceStepper``."""
+
+    rows_alike: bool
+    """Whether tokens fed together give the same bits as one by one, so that some may be guessed."""
+
+    def step(self, feeds: Sequence[Feed]) -> Sequence[Tensor]:
+        """Feed tokens to several sequences; the logits after each, ``[N, V]`` by sequence."""
+
+    def leave(self, row: Row) -> None:
+        """A sequence is not stepped any more; its cache is complete afterwards."""
 
 
 @dataclass(eq=False, slots=True)
@@ -61,11 +77,18 @@ class _Ticket:
 
 @dataclass(eq=False)
 class Batch:
-    """The questions of one decoder that advance together; answers are decoded with ``stepper`` if given."""
+    """The questions of one decoder that advance together.
+
+    Answers are decoded with ``stepper``, or with what ``prepare`` makes when the first answer is; with the
+    decoder itself where there is neither. Without ``shares_prompts`` every prompt is one pass of its own, for
+    where products of other sizes are rounded otherwise and answers are to be the same bits as alone.
+    """
 
     decoder: Decoder
-    stepper: Stepper | None = None
+    stepper: Stepping | None = None
     prompt_tokens: int = PROMPT_TOKENS
+    prepare: Callable[[], Stepping | None] | None = None
+    shares_prompts: bool = True
     passes: int = 0
     """Forward passes so far."""
     _waiting: list[_Ticket] = field(default_factory=list)
@@ -82,8 +105,17 @@ class Batch:
 
     def decode(self, generation: Generation) -> Iterator[str]:
         """Run a generation to its end; yields once per token the text it made showable (may be empty)."""
-        guesses = self.stepper is not None and self.stepper.rows_alike
-        ahead = Ahead(generation, guesses=guesses) if self.stepper is not None else None
+        if self.prepare is not None:
+            self.stepper, self.prepare = self.prepare(), None
+        stepper = self.stepper
+        ahead = Ahead(generation, guesses=stepper.rows_alike) if stepper is not None else None
+        try:
+            yield from self._decoded(generation, ahead)
+        finally:
+            if stepper is not None:
+                stepper.leave(generation.sequence)
+
+    def _decoded(self, generation: Generation, ahead: Ahead | None) -> Iterator[str]:
         texts = [generation.take()]
         while generation.finish_reason is None:
             yield from texts[:-1]
@@ -116,19 +148,30 @@ class Batch:
         return ticket.logits
 
     def _pass(self, asking: _Ticket) -> None:
-        """One forward pass over the asking ticket and all of its kind that fit beside it."""
-        room = self.prompt_tokens
-        first = asking.piece(room) or asking.feed
-        chosen = [(asking, first)]
-        room -= len(first.ids) if asking.prompt else 0
-        for ticket in self._waiting:
-            if ticket is asking or ticket.done or ticket.way != asking.way:
-                continue
+        """One forward pass over all of the asking ticket's kind that fit, whoever asked first before others.
+
+        A prompt that nobody is waiting beside is fed as a whole.
+        """
+        kin = self._kin(asking)
+        apart = asking.prompt and not self.shares_prompts
+        alone = apart or all(ticket is asking or ticket.done for ticket in self._waiting)
+        room = len(asking.feed.ids) if alone else self.prompt_tokens
+        chosen: list[tuple[_Ticket, Feed]] = []
+        for ticket in kin:
             piece = ticket.piece(room)
+            if piece is None and ticket is kin[0]:
+                piece = ticket.feed  # it stays together, however long it is
             if piece is not None:
                 chosen.append((ticket, piece))
                 room -= len(piece.ids) if ticket.prompt else 0
         self._run(chosen, asking.way)
+
+    def _kin(self, asking: _Ticket) -> list[_Ticket]:
+        """Who may be fed along with the asking ticket, itself included, in the order of asking."""
+        if asking.prompt and not self.shares_prompts:
+            return [asking]
+        waiting = [ticket for ticket in self._waiting if ticket.way == asking.way and not ticket.done]
+        return waiting if self.shares_prompts else [ticket for ticket in waiting if not ticket.prompt]
 
     def _run(self, chosen: Sequence[tuple[_Ticket, Feed]], way: Way) -> None:
         """Run a pass; where it fails, each ticket alone, so that only the culprit fails."""
@@ -155,14 +198,23 @@ class Batch:
             return [None] * len(feeds)
         if way == "advance" or self.stepper is None:
             return list(advance(self.decoder, feeds))
-        rows = [(feed.sequence, len(feed.ids)) for feed in feeds]
-        hidden = self.stepper(
-            [token for feed in feeds for token in feed.ids],
-            [row.position + place for row, count in rows for place in range(count)],
-            [(row.cache, count) for row, count in rows],
-        )
-        logits: Sequence[Tensor] = self.stepper.logits(hidden).split([count for _, count in rows])
-        return logits
+        return self.stepper.step(feeds)
+
+
+def at_once(steps: Callable[P, Generator[None, None, T]]) -> Callable[P, T]:
+    """The function that runs such a generator to its end: for who has nothing else to run in turn."""
+
+    @wraps(steps)
+    def run(*args: P.args, **options: P.kwargs) -> T:
+        running = steps(*args, **options)
+        while True:
+            try:
+                next(running)
+            except StopIteration as stop:
+                result: T = stop.value
+                return result
+
+    return run
 
 
 def _result(steps: Generator[None, None, Tensor | None]) -> Tensor | None:

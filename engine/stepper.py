@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msa_memory.engine.cache import SequenceCache
+from msa_memory.engine.context import Feed
+from msa_memory.engine.context import Sequence as Row
 from msa_memory.engine.decoder import Decoder, DecoderLayer
 from msa_memory.engine.packing import BLOCK, LinearMap, LowRank, PlainMap, pack, pack_rows, packable
 
@@ -84,6 +86,23 @@ class Stepper:
         """Feed tokens to one sequence, the first at a rotary position: the logits after each ``[N, V]``."""
         positions = range(position, position + len(ids))
         return self.logits(self(ids, positions, [(cache, len(ids))]))
+
+    def step(self, feeds: Sequence[Feed]) -> Sequence[Tensor]:
+        """Feed tokens to several sequences together: the logits after each ``[N, V]``, by sequence.
+
+        Their caches grow; their positions and counts are moved on by whoever takes the logits.
+        """
+        rows = [(feed.sequence, len(feed.ids)) for feed in feeds]
+        hidden = self(
+            [token for feed in feeds for token in feed.ids],
+            [row.position + place for row, count in rows for place in range(count)],
+            [(row.cache, count) for row, count in rows],
+        )
+        logits: Sequence[Tensor] = self.logits(hidden).split([count for _, count in rows])
+        return logits
+
+    def leave(self, row: Row) -> None:
+        """A sequence is not stepped any more: nothing of it is held here."""
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

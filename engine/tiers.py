@@ -17,6 +17,7 @@ from torch import Tensor
 
 from msa_memory.engine import kernels
 from msa_memory.engine.states import PassageStates
+from msa_memory.engine.transfer import sent
 from msa_memory.errors import EngineError, NotFoundError
 
 __all__ = ["Chosen", "Fetching", "StateTier", "tier_bytes"]
@@ -88,6 +89,43 @@ class StateTier:
     def nbytes(self) -> int:
         """Bytes of the rows in use."""
         return sum(pool[:, : self.used].nbytes for pool in self._pools)
+
+    def make_room(self, chunks: int) -> None:
+        """Take so many more chunks without being full: in twice the memory, and without what was removed.
+
+        Raises:
+            EngineError: the tier is mapped and too small; files do not grow.
+        """
+        if self.used + chunks <= self.rows:
+            return
+        if self.mapped:
+            raise EngineError(
+                f"the mapped tier holds {self.used} of {self.rows} chunks and cannot take {chunks} more; "
+                "make it with more rows"
+            )
+        if self._stream is not None:
+            self._stream.synchronize()  # fetches under way read the old rows
+        numbers = np.flatnonzero(self._places[:, 1])
+        first, counts = self._places[numbers].astype(np.int64).T
+        before = np.cumsum(counts) - counts
+        count = int(counts.sum())
+        rows = torch.from_numpy(np.repeat(first - before, counts) + np.arange(count))
+        self.rows = max(2 * count, count + chunks)
+        self._pools = [self._moved(pool, rows) for pool in self._pools]
+        self._places[numbers, 0] = before
+        self.used, self._on_device = count, None
+
+    def _moved(self, pool: Tensor, rows: Tensor) -> Tensor:
+        """Memory of the present size whose first rows are these of another."""
+        shape = (len(pool), self.rows, *pool.shape[2:])
+        fresh = torch.empty(shape, dtype=pool.dtype, pin_memory=self._stream is not None)
+        for old, new in zip(pool, fresh, strict=True):
+            torch.index_select(old, 0, rows, out=new[: len(rows)])
+        return fresh
+
+    def chunks(self, number: int) -> int:
+        """Chunks of a passage; 0 where it is not held."""
+        return int(self._places[number, 1]) if 0 <= number < len(self._places) else 0
 
     def add(self, number: int, states: PassageStates) -> None:
         """Hold a passage's K/V under its number.
@@ -178,7 +216,7 @@ class StateTier:
 
     def _table(self) -> Tensor:
         if self._on_device is None:
-            self._on_device = torch.from_numpy(self._places).to(self.device)
+            self._on_device = sent(torch.from_numpy(self._places), self.device)
         return self._on_device
 
     def _grow(self, number: int) -> None:

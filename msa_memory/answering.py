@@ -6,9 +6,8 @@ things; scoring belongs to the engine, choosing text to ``recall``, rows to the 
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -21,7 +20,9 @@ from msa_memory.conversation import Conversation
 from msa_memory.engine.bank import BankView, Selection
 from msa_memory.engine.context import Sequence as Row
 from msa_memory.engine.engine import Engine, Routing
+from msa_memory.engine.evidence_choice import near_the_best
 from msa_memory.engine.generation import Generation
+from msa_memory.engine.grown_contexts import Grown
 from msa_memory.engine.interleave import ANSWER_PREFIX, Interleave, InterleaveOptions
 from msa_memory.engine.sampling import Constraint, SamplingOptions
 from msa_memory.errors import ConfigError, InvalidDocumentError, LimitError, NotFoundError
@@ -137,6 +138,8 @@ class Asking:
         self._recalls = options.recall and bool(options.question.strip())
         self._epoch = 0
         """Of the kept contexts, when the prompt was read."""
+        self._before: Grown | None = None
+        """What this conversation has read before, where conversations grow."""
 
     def search(self) -> Generator[None, None, list[Source]]:
         """The k best distinct documents, as whole passages."""
@@ -144,10 +147,9 @@ class Asking:
 
     def _find(self, view: BankView) -> Generator[None, None, list[Source]]:
         """Route and look the texts up. NotFoundError where one was forgotten or replaced in between."""
-        routing = self._route(view)
-        yield
+        routing = yield from self._route(view)
+        routing, hits = self._best(routing, self.options.k or 5)
         scores = routing.relevance()
-        hits = best_documents(routing.numbers, scores, self.bank.records, self.options.k or 5)
         by_number = dict(zip(routing.numbers.tolist(), scores.tolist(), strict=True))
         numbers = [hit.passages[0].number for hit in hits]
         texts = self.store.passages(numbers)
@@ -159,13 +161,27 @@ class Asking:
             for text in found
         ]
 
+    def _best(self, routing: Routing, k: int, skip: Iterable[str] = ()) -> tuple[Routing, list[Hit]]:
+        """The k best documents, by exact scores of all their passages that count."""
+        skipped = tuple(skip)
+        while True:
+            scores = routing.relevance()
+            hits = best_documents(routing.numbers, scores, self.bank.records, k, skipped)
+            shown = [record.number for hit in hits for record in hit.passages]
+            lowest = scores[np.isin(routing.numbers, shown)].min(initial=np.inf)
+            needed = int((scores >= lowest).sum())
+            if needed <= routing.exact:
+                return routing, hits
+            routing = routing.settled(2 * needed)
+
     def context(self) -> Generator[None, None, Context]:
         """The evidence as one citable block."""
         budget = self.options.max_tokens or self.config.max_evidence_tokens
         render = partial(citation, MOST_CITATIONS)
 
         def recall(view: BankView) -> Generator[None, None, _Recalled]:
-            return (yield from self._recall(view, self._route(view), budget, render))
+            routing = yield from self._route(view)
+            return (yield from self._recall(view, routing, budget, render))
 
         recalled = yield from self._undisturbed(self._view(), recall)
         return Context(
@@ -176,8 +192,7 @@ class Asking:
     def explain(self) -> Generator[None, None, Explanation]:
         """Per router layer: the best passages, their documents and scores."""
         view = self._view()
-        routing = self._route(view)
-        yield
+        routing = yield from self._route(view)
         layers = [
             self._explain_layer(view, layer, routing.scores[slot])
             for slot, layer in enumerate(self.engine.msa.router_layers)
@@ -194,7 +209,8 @@ class Asking:
             ways = self._interleaved if generative and len(view) else self._routed
             answer = yield from ways(view, clock)
         else:
-            answer = yield from self._generated(self._chat(), _Recalled(), clock)
+            generation = yield from self._chat()
+            answer = yield from self._generated(generation, _Recalled(), clock)
         yield AnswerChunk(text="", answer=answer)
         return answer
 
@@ -216,7 +232,7 @@ class Asking:
         otherwise = "" if self.options.conversation else NOTHING_FOUND
         text = yield from _shown(self.engine.decode(generation), otherwise=otherwise)
         if self._recalls:
-            self.bank.contexts.keep(self.namespace, generation.sequence, generation.prompt, self._epoch)
+            self._keep(generation, recalled.excerpts)
         clock.lap("decode_s")
         prompt_tokens = recalled.tokens + generation.sequence.fed_tokens - len(generation.ids) + 1
         usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=len(generation.ids))
@@ -228,27 +244,33 @@ class Asking:
         self, view: BankView, budget: int, clock: _Clock
     ) -> Generator[None, None, tuple[_Recalled, Generation | None]]:
         """Retrieve and prefill the evidence; no generation where nothing is relevant."""
-        routing = self._route(view)
-        yield
+        routing = yield from self._route(view)
         best = float(routing.relevance().max(initial=-np.inf))
         if len(view) == 0 or best < self._min_score():
             clock.lap("route_s")
-            return _Recalled(tokens=routing.tokens), self._chat() if self.options.conversation else None
+            chat = (yield from self._chat()) if self.options.conversation else None
+            return _Recalled(tokens=routing.tokens), chat
         recalled = yield from self._recall(view, routing, budget, evidence_entry)
         clock.lap("route_s")
-        ids = self._prompt_ids(evidence_text(recalled.excerpts))
-        generation = self.engine.read(
+        known: Row | None
+        going_on = self._going_on(view, routing.selections, recalled.excerpts)
+        if going_on is not None:
+            ids, known = going_on
+        else:
+            ids = self._prompt_ids(evidence_text(recalled.excerpts))
+            known = self._known(self.engine.prompt.question_position, routing.selections, ids)
+        generation = yield from self.engine.read_steps(
             view,
             routing.selections,
             ids,
             self.options.sampling(self.config),
             self.options.constraint,
-            self._known(self.engine.prompt.question_position, routing.selections, ids),
+            known,
         )
         clock.lap("prefill_s")
         return recalled, generation
 
-    def _chat(self) -> Generation:
+    def _chat(self) -> Generator[None, None, Generation]:
         """Prefill the conversation alone, as the backbone's own chat."""
         conversation, engine = self.options.conversation, self.engine
         if conversation is None:
@@ -258,7 +280,8 @@ class Asking:
         fitting = conversation.fitting(room, lambda shorter: len(engine.chat_ids(shorter.all_turns)))
         ids = engine.chat_ids(fitting.all_turns)
         self._check_room(len(ids), room)
-        return engine.chat(ids, sampling, self.options.constraint, self._known(0, {}, ids))
+        known = self._known(0, {}, ids)
+        return (yield from engine.chat_steps(ids, sampling, self.options.constraint, known))
 
     def _known(self, position: int, selections: Mapping[int, Selection], ids: list[int]) -> Row | None:
         """What this namespace has read before that begins like ``ids``, over the same passages.
@@ -270,6 +293,59 @@ class Asking:
         contexts = self.bank.contexts
         self._epoch = contexts.epoch
         return contexts.take(self.namespace, position, selections, ids)
+
+    def _going_on(
+        self, view: BankView, selections: dict[int, Selection], excerpts: Sequence[Excerpt]
+    ) -> tuple[list[int], Row] | None:
+        """Where conversations grow: this turn's prompt behind the earlier ones, and the row that read those.
+
+        Evidence that stands in it is not read again. None where nothing is kept, the window is full, or the
+        question may not see all that was read.
+        """
+        conversation = self.options.conversation
+        if not self._grows or conversation is None or conversation.asked != len(conversation.turns) - 1:
+            return None
+        contexts, engine = self.bank.conversations, self.engine
+        self._epoch = contexts.epoch
+        before = conversation.turns[: conversation.asked]
+        grown = contexts.take(self.namespace, conversation.system, before)
+        if grown is None or not grown.passages.issubset(view.numbers[view.visible].tolist()):
+            return None
+        fresh = [excerpt for excerpt in excerpts if _entry(excerpt) not in grown.read]
+        next_turn = engine.prompt.next_turn(before[-1][1], evidence_text(fresh), conversation.question)
+        ids = [*grown.ids, *next_turn]
+        if len(ids) > self._window():
+            return None
+        row = Row(grown.row.cache, grown.row.position, view, fed_tokens=grown.row.fed_tokens)
+        row.attend_to(selections, {layer: slot for slot, layer in enumerate(engine.msa.router_layers)})
+        self._before = grown
+        return ids, row
+
+    def _keep(self, generation: Generation, excerpts: Sequence[Excerpt]) -> None:
+        """Keep the prompt that was read for the next one that goes on from it or begins alike."""
+        row, conversation = generation.sequence, self.options.conversation
+        if self._grows and conversation is not None and row.selections:
+            read = {_entry(excerpt) for excerpt in excerpts}
+            passages = {excerpt.passage.record.number for excerpt in excerpts}
+            passages.update(number for choice in row.selections.values() for number in choice.numbers)
+            if self._before is not None:
+                read |= self._before.read
+                passages |= self._before.passages
+            grown = Grown(
+                conversation.system,
+                conversation.turns,
+                row,
+                tuple(generation.prompt),
+                frozenset(read),
+                frozenset(passages),
+            )
+            self.bank.conversations.keep(self.namespace, grown, self._epoch)
+        else:
+            self.bank.contexts.keep(self.namespace, row, generation.prompt, self._epoch)
+
+    @property
+    def _grows(self) -> bool:
+        return self.config.context == "grow" and self._recalls
 
     def _prompt_ids(self, evidence: str) -> list[int]:
         conversation, prompt = self.options.conversation, self.engine.prompt
@@ -415,16 +491,18 @@ class Asking:
             return NOTHING_MATCHES
         return NOTHING_FOUND if self.store.count(self.namespace) else NOTHING_STORED
 
-    def _route(self, view: BankView, evidence: str = "") -> Routing:
+    def _route(self, view: BankView, evidence: str = "") -> Generator[None, None, Routing]:
         top_k, conversation = self.options.top_k or self.config.top_k, self.options.conversation
         before = conversation.said_before if conversation else ""
-        return self.engine.route(
-            self.options.question,
-            view,
-            top_k=top_k,
-            evidence=evidence,
-            turns_before=before,
-            lexical_weight=self.config.lexical_weight,
+        return (
+            yield from self.engine.route_steps(
+                self.options.question,
+                view,
+                top_k=top_k,
+                evidence=evidence,
+                turns_before=before,
+                lexical_weight=self.config.lexical_weight,
+            )
         )
 
     def _recall(
@@ -438,15 +516,8 @@ class Asking:
             share = k // rounds + (1 if number < k % rounds else 0)
             if number:
                 newest = self._fit(routing, recalled.hits[-1:], recalled.scores, budget, evidence_entry)[0]
-                routing = self._route(view, evidence_text(newest))
-                yield
-            hits = best_documents(
-                routing.numbers,
-                routing.relevance(),
-                self.bank.records,
-                share,
-                [hit.document_id for hit in recalled.hits],
-            )
+                routing = yield from self._route(view, evidence_text(newest))
+            routing, hits = self._best(routing, share, [hit.document_id for hit in recalled.hits])
             hits = self._near_the_best(hits)
             if not hits:
                 break
@@ -461,28 +532,12 @@ class Asking:
         return recalled
 
     def _near_the_best(self, hits: list[Hit]) -> list[Hit]:
-        """Without an explicit ``k``: only documents that score a fair share of the best one's score, and no
-        more of them than the model was calibrated to read in one round.
-
-        A small reader is misled by long texts that have nothing to do with the question. Notes of a line or
-        two (``note_tokens``) cost little, and an older and a newer one may only make sense together: they
-        need a smaller share and do not count.
-        """
-        calibration = self.engine.calibration
-        if self.options.k is not None or not hits:
+        """Without an explicit ``k``: only as many as the model was calibrated to read in one round."""
+        if self.options.k is not None:
             return hits
-        share = calibration.get("evidence_share")
-        note_share = calibration.get("note_share", share)
-        room = calibration.get("evidence_documents", math.inf)
-        near = []
-        for hit in hits:
-            tokens = sum(passage.tokens for passage in hit.passages)
-            note = tokens <= calibration.get("note_tokens", 0)
-            wanted = note_share if note else share
-            if (wanted is None or hit.score >= wanted * hits[0].score) and (note or room > 0):
-                near.append(hit)
-                room -= not note
-        return near
+        tokens = [sum(passage.tokens for passage in hit.passages) for hit in hits]
+        near = near_the_best([hit.score for hit in hits], tokens, self.engine.calibration)
+        return [hits[place] for place in near]
 
     def _rounds(self, routing: Routing, k: int) -> int:
         """How many rounds to go: one where the first is confident, or the model was not trained for more."""
@@ -566,6 +621,11 @@ class Asking:
         """Whether an answer is neither empty nor the model's way to say that the evidence lacks it."""
         said = generated.strip().rstrip(".").casefold()
         return bool(said) and said != self.engine.prompt.layout.refusal.strip().rstrip(".").casefold()
+
+
+def _entry(excerpt: Excerpt) -> Hashable:
+    """What tells one excerpt's text from any other."""
+    return excerpt.passage.record.number, excerpt.start, excerpt.end
 
 
 def _shown(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from platformdirs import user_cache_path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -40,6 +40,10 @@ class MemoryConfig(BaseModel):
     """Generative evidence: the reference's quirk of showing the repeated question to itself in full."""
     max_evidence_tokens: int = Field(default=1024, ge=64)
     max_new_tokens: int = Field(default=64, ge=1)
+    context: Literal["exact", "grow"] = "exact"
+    """How a conversation goes on: ``exact`` reads the turns and this turn's evidence as if for the first time
+    and reuses what comes out the same; ``grow`` leaves turns and evidence as they were read and reads only
+    what is new, which is faster the longer the conversation and not bit for bit the same."""
     max_recent_tokens: int = Field(default=1024, ge=1, le=16_384)
     """Turns of a session that are read again as they were said, at most; older ones are recalled."""
     min_score: float | None = None
@@ -47,6 +51,13 @@ class MemoryConfig(BaseModel):
     lexical_weight: float | None = Field(default=None, ge=0)
     """Weight of rare words shared by question and passage beside the routers' score of 1; 0 leaves the
     routers alone, None takes the model's calibrated value."""
+    routing: Literal["auto", "exact", "skim"] = "auto"
+    """How a question looks for passages on a CPU: ``exact`` scores all of them on every router layer;
+    ``skim`` scores all on a few layers, and on every layer the 512 that come first there; ``auto`` skims
+    memories of about 2 million tokens and more. Scores that are shown are exact in every case."""
+    decode_weights: Literal["auto", "exact", "packed"] = "auto"
+    """What answers are decoded with on a CPU: ``exact``, the weights documents are read with; ``packed``, the
+    same in 4 or 8 bits, about three times as fast; ``auto``, packed where the model's shapes allow it."""
     router_normalize: bool | None = None
     """Force cosine routing on or off; None follows the checkpoint."""
     max_document_chars: int = Field(default=20_000_000, ge=1)

@@ -94,7 +94,7 @@ class MemoryModel(WritingVerbs, MovingVerbs):
         )
         try:
             name = model_name(model, store.identity.model, default_model())
-            runtime = acquire(RuntimeKey(name, device, dtype, config.router_normalize))
+            runtime = acquire(RuntimeKey(name, device, dtype, config.router_normalize, config.decode_weights))
         except BaseException:
             store.close()
             raise

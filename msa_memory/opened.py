@@ -98,7 +98,7 @@ class OpenedMemory:
             shared.store.bind_model(
                 model=shared.runtime.key.name, fingerprint=engine.fingerprint, info={"name": engine.name}
             )
-            shared.bank = LivingBank(shared.store, engine)
+            shared.bank = LivingBank(shared.store, engine, shared.config.routing)
         return engine
 
     def _bank(self) -> LivingBank:

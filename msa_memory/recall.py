@@ -6,7 +6,7 @@ Knows passages, scores and token budgets; no tensors beyond score arrays and no 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -61,7 +61,7 @@ class Excerpt:
 def best_documents(
     numbers: NDArray[np.int64],
     scores: NDArray[np.float32],
-    records: dict[int, PassageRecord],
+    records: Mapping[int, PassageRecord],
     k: int,
     skip: Iterable[str] = (),
 ) -> list[Hit]:

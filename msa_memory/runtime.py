@@ -17,7 +17,7 @@ from msa_memory.engine.worker import Worker
 from msa_memory.errors import ConfigError
 
 if TYPE_CHECKING:
-    from msa_memory.engine.engine import Engine
+    from msa_memory.engine.engine import DecodeWeights, Engine
 
 __all__ = ["Runtime", "RuntimeKey", "acquire", "release"]
 
@@ -30,6 +30,7 @@ class RuntimeKey:
     device: str = "auto"
     dtype: str = "auto"
     router_normalize: bool | None = None
+    decode_weights: DecodeWeights = "auto"
 
 
 class Runtime:
@@ -58,6 +59,7 @@ class Runtime:
                 device=self.key.device,
                 dtype=self.key.dtype,
                 router_normalize=self.key.router_normalize,
+                decode_weights=self.key.decode_weights,
             )
         return self._engine
 

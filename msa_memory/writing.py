@@ -16,7 +16,7 @@ from typing import Any, Literal
 from msa_memory.documents import DocumentInput, check_name, limited, read_expiry, read_item, read_metadata
 from msa_memory.engine.layout import document_header
 from msa_memory.errors import ConfigError, ConflictError, InvalidDocumentError, NotFoundError
-from msa_memory.moving.encoding import Holding, encode_text
+from msa_memory.moving.encoding import Holding, Text, encode_texts
 from msa_memory.opened import OpenedMemory
 from msa_memory.persistence import NewDocument
 from msa_memory.progress import Progress, progress_reporter
@@ -208,13 +208,12 @@ class WritingVerbs(OpenedMemory):
         self, inputs: Sequence[DocumentInput], on_conflict: OnConflict, report: Progress, done: int
     ) -> Generator[None, None, list[Document]]:
         kept = self._unchanged(inputs, on_conflict)
-        fresh = []
+        new = [document for document in inputs if document.id not in kept]
+        done += len(inputs) - len(new)
+        if kept:
+            report(done)
         with Holding(self._shared.store) as holding:
-            for document in inputs:
-                if document.id not in kept:
-                    fresh.append((yield from self._encode(document, holding)))
-                done += 1
-                report(done)
+            fresh = yield from self._encode_all(new, holding, lambda encoded: report(done + encoded))
             stored = {doc.id: doc for doc in self._shared.store.add(fresh, on_conflict=on_conflict)}
         return [kept.get(document.id) or stored[document.id] for document in inputs]
 
@@ -235,33 +234,37 @@ class WritingVerbs(OpenedMemory):
         return found
 
     def _encode(self, document: DocumentInput, holding: Holding) -> Generator[None, None, NewDocument]:
-        engine = self._engine()
-        title, speaker = document.metadata.get("title"), document.metadata.get("speaker")
-        header = document_header(
-            title=title if isinstance(title, str) else None,
-            when=document.timestamp.date() if document.timestamp else None,
-            speaker=speaker if isinstance(speaker, str) else None,
-        )
-        passages = yield from encode_text(
-            engine,
-            document.text,
-            header,
+        [encoded] = yield from self._encode_all([document], holding)
+        return encoded
+
+    def _encode_all(
+        self,
+        documents: Sequence[DocumentInput],
+        holding: Holding,
+        report: Callable[[int], None] = lambda done: None,
+    ) -> Generator[None, None, list[NewDocument]]:
+        encoded = yield from encode_texts(
+            self._engine(),
+            [Text(one.text, _header(one), f"content {one.text[:40]!a}") for one in documents],
             passage_tokens=self._shared.config.passage_tokens,
             reserve=self._shared.store.reserve_numbers,
-            what=f"content {document.text[:40]!a}",
             hold=holding.hold,
+            report=report,
         )
-        return NewDocument(
-            id=document.id,
-            namespace=self._namespace,
-            text=document.text,
-            metadata=document.metadata,
-            timestamp=document.timestamp,
-            expires_at=document.expires_at,
-            source=document.source,
-            trust=document.trust,
-            passages=passages,
-        )
+        return [
+            NewDocument(
+                id=document.id,
+                namespace=self._namespace,
+                text=document.text,
+                metadata=document.metadata,
+                timestamp=document.timestamp,
+                expires_at=document.expires_at,
+                source=document.source,
+                trust=document.trust,
+                passages=passages,
+            )
+            for document, passages in zip(documents, encoded, strict=True)
+        ]
 
     def _update(
         self, id: str, content: str | None, metadata: Mapping[str, Any] | None
@@ -308,6 +311,16 @@ class WritingVerbs(OpenedMemory):
             if said_at is not None:
                 fresh = replace(fresh, timestamp=said_at)
             return self._shared.store.replace(fresh, expected_version=old.version)
+
+
+def _header(document: DocumentInput) -> str:
+    """What the model reads before each passage of a document."""
+    title, speaker = document.metadata.get("title"), document.metadata.get("speaker")
+    return document_header(
+        title=title if isinstance(title, str) else None,
+        when=document.timestamp.date() if document.timestamp else None,
+        speaker=speaker if isinstance(speaker, str) else None,
+    )
 
 
 def checked_ids(ids: object) -> list[str]:

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 
 from msa_memory.errors import CatalogDamagedError, NotFoundError, StateDamagedError
 from msa_memory.persistence import audit, document_writes, passage_rows, segment_rows
-from msa_memory.persistence.blocks import pack
+from msa_memory.persistence.blocks import BlockError, pack
 from msa_memory.persistence.opening import OpenBank, find_damage
 from msa_memory.persistence.records import PassageRecord, PassageText, Repair
+from msa_memory.persistence.sheets import SheetPlace
 from msa_memory.persistence.state_reader import StateReader
 from msa_memory.persistence.writer import Writer
 from msa_memory.types import TensorBytes
@@ -38,6 +39,7 @@ class Checkup:
             with self._bank.database.reading() as connection:
                 yield from list(audit.damaged_documents(connection))
             yield from (problem for _, problem in self._damaged_states())
+            yield from (problem for _, problem in self._damaged_sheets())
         except CatalogDamagedError as error:  # so damaged that it cannot be read to the end
             yield str(error)
         yield from find_damage(self._bank.database)
@@ -48,6 +50,7 @@ class Checkup:
         if before:
             with self._writer.locked():
                 self._mend_catalog()
+                self._mend_sheets()
             self._mend_states(encode)
         remaining = tuple(dict.fromkeys(self.problems()))
         return Repair(tuple(problem for problem in before if problem not in remaining), remaining)
@@ -78,6 +81,29 @@ class Checkup:
                 except StateDamagedError as error:
                     yield record, str(error)
             after = records[-1].number
+
+    def _damaged_sheets(self) -> Iterator[tuple[SheetPlace, str]]:
+        """Sheets that say something else than was written, or something of passages that are gone."""
+        files = self._bank.segments.sheets
+        if files is None:
+            return
+        for place in files.places():
+            try:
+                pages = files.open(place)
+                for name in pages.names:
+                    pages.section(name)
+            except (BlockError, StateDamagedError) as error:
+                if not files.erased(place):
+                    yield place, f"the sheet {place.name} is damaged: {error}; it can be made anew"
+                continue
+            with self._bank.database.reading() as connection:
+                gone = set(pages.numbers) - passage_rows.rows(connection, pages.numbers).keys()
+            if gone and pages.intact():
+                yield place, f"the sheet {place.name} holds passages {sorted(gone)[:5]}, which are gone"
+
+    def _mend_sheets(self) -> None:
+        if (files := self._bank.segments.sheets) is not None:
+            files.drop([place for place, _ in self._damaged_sheets()])
 
     def _mend_catalog(self) -> None:
         self._bank.database.rebuild_indexes()

@@ -5,7 +5,7 @@ A function takes the connection of its transaction. What becomes evidence is che
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Row, Select, delete, func, select
@@ -20,6 +20,8 @@ from msa_memory.types import Document
 
 __all__ = [
     "PASSAGE",
+    "PassageRecords",
+    "all_rows",
     "changes",
     "drop_tombstones",
     "is_sound",
@@ -27,6 +29,7 @@ __all__ = [
     "record",
     "records",
     "records_in",
+    "rows",
     "texts",
 ]
 
@@ -68,6 +71,48 @@ def changes(connection: Connection, since: int) -> Changes:
     additions = select(func.count(passages.c.added.distinct())).where(passages.c.added > since)
     grew = not complete and not removed and connection.scalar(additions) == generation - since
     return Changes(generation, added, removed, complete, grew)
+
+
+class PassageRecords(MutableMapping[int, PassageRecord]):
+    """Records by passage number; those of rows are made, and their stamps checked, when asked for."""
+
+    def __init__(self, found: Iterable[Row[Any]] = ()) -> None:
+        self._known: dict[int, PassageRecord | Row[Any]] = {row.number: row for row in found}
+
+    def __getitem__(self, number: int) -> PassageRecord:
+        known = self._known[number]
+        if not isinstance(known, PassageRecord):
+            known = self._known[number] = _record(known)
+        return known
+
+    def __setitem__(self, number: int, record: PassageRecord) -> None:
+        self._known[number] = record
+
+    def __delitem__(self, number: int) -> None:
+        del self._known[number]
+
+    def __contains__(self, number: object) -> bool:
+        return number in self._known
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+
+def all_rows(connection: Connection) -> tuple[int, list[Row[Any]]]:
+    """The generation and the rows of all passages, by number; nothing is checked yet."""
+    return bank_rows.generation(connection), list(connection.execute(_RECORDS.order_by(passages.c.number)))
+
+
+def rows(connection: Connection, numbers: Iterable[int]) -> dict[int, Row[Any]]:
+    """The rows of those of the passages that exist."""
+    return {
+        row.number: row
+        for chunk in chunks(numbers)
+        for row in connection.execute(_RECORDS.where(passages.c.number.in_(chunk)))
+    }
 
 
 def oldest_followed(connection: Connection) -> int:

@@ -1,23 +1,25 @@
 """The values that cross between the memory and its storage.
 
-They know nothing of SQL, files or models. What people see of a document is ``msa_memory.types.Document``;
+They know nothing of SQL or models. What people see of a document is ``msa_memory.types.Document``;
 these are the parts only the memory and its bank exchange. Passage numbers are unique in a bank and never
 given out twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from msa_memory.persistence.sheets import SheetPages
 from msa_memory.types import TensorBytes
 
 __all__ = [
     "BankIdentity",
     "Changes",
     "Event",
+    "Loaded",
     "NewDocument",
     "NewPassage",
     "OldVersion",
@@ -120,6 +122,17 @@ class Changes:
     removed: tuple[int, ...]
     complete: bool = False
     grew: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """All passages of a bank at ``generation``: those of sheets, whose states can wait, and the others."""
+
+    generation: int
+    records: MutableMapping[int, PassageRecord]
+    """Of all of them, by number."""
+    sheets: tuple[SheetPages, ...]
+    others: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 Knows names, offsets and bytes; what a block means is in ``blocks``, which bytes count is in the catalog:
 a segment's committed size is the truth, whatever lies beyond it is a crashed write. Bytes inside the
 committed size are never moved or reused. A file with a second hard link (a fork's) is never written:
-appending goes to a new segment, and erasing first gives this bank a file of its own.
+appending goes to a new segment, and erasing first gives this bank a file of its own. Sheets that cover
+bytes which go (``sheets``) go first.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import re
 import threading
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -30,6 +31,7 @@ from msa_memory.persistence.disk import (
     truncate,
     write_at,
 )
+from msa_memory.persistence.sheets import SheetFiles, SheetPlace
 
 __all__ = ["FileSegments", "MemorySegments", "Placed", "SEGMENT_LIMIT_BYTES", "Segments", "Span", "next_name"]
 
@@ -62,6 +64,9 @@ class Segments(Protocol):
 
     ``sizes`` is always the committed size in bytes of every segment, from the catalog.
     """
+
+    sheets: SheetFiles | None
+    """Copies of what blocks say, which go with the blocks; None where there are no files."""
 
     def append(
         self, blocks: Iterable[bytes], sizes: Mapping[str, int], *, fresh: bool = False
@@ -118,6 +123,7 @@ class FileSegments:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.sheets: SheetFiles | None = SheetFiles(folder)
         self._open: dict[str, _Open] = {}
         self._opening = threading.Lock()
 
@@ -206,6 +212,9 @@ class FileSegments:
         by_segment: dict[str, list[Span]] = {}
         for span in spans:
             by_segment.setdefault(span.segment, []).append(span)
+        self._drop_sheets(
+            lambda place: any(place.overlaps(*span) for span in by_segment.get(place.segment, ()))
+        )
         for name, group in by_segment.items():
             _number(name)
             path = self._folder / name
@@ -217,6 +226,7 @@ class FileSegments:
         found = self.sizes()
         self.remove(name for name in found if name not in sizes)
         self._drop_copy()
+        self._drop_sheets(lambda place: place.end > sizes.get(place.segment, 0))
         for name, size in found.items():
             path = self._folder / name
             with guarded("cut the unfinished end of", path):
@@ -232,10 +242,17 @@ class FileSegments:
         with guarded("remove", copy), suppress(FileNotFoundError):
             _overwrite(copy, [Span(_COPY, 0, copy.stat().st_size)])
             remove(copy)
+        if self.sheets is not None:
+            self.sheets.drop_unfinished()
+
+    def _drop_sheets(self, chosen: Callable[[SheetPlace], bool]) -> None:
+        if self.sheets is not None:
+            self.sheets.drop([place for place in self.sheets.places() if chosen(place)])
 
     def remove(self, names: Iterable[str]) -> None:
-        gone = False
-        for name in names:
+        names, gone = set(names), False
+        self._drop_sheets(lambda place: place.segment in names)
+        for name in sorted(names):
             _number(name)
             self._open.pop(name, None)
             path = self._folder / name
@@ -287,6 +304,7 @@ class MemorySegments:
     """Segments of a bank in memory: every block is an array of its own, nothing touches a disk."""
 
     def __init__(self) -> None:
+        self.sheets: SheetFiles | None = None
         self._blocks: dict[tuple[str, int], bytearray] = {}
 
     def append(

@@ -6,18 +6,22 @@ Says what each verb reads and writes; holds no SQL (the modules named after rows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Row
 
 from msa_memory.errors import (
     CatalogDamagedError,
     ConfigError,
     ConflictError,
+    LockedError,
     ModelMismatchError,
     NotFoundError,
+    StorageError,
 )
 from msa_memory.persistence import (
     bank_rows,
@@ -27,7 +31,7 @@ from msa_memory.persistence import (
     passage_rows,
     segment_rows,
 )
-from msa_memory.persistence.blocks import pack
+from msa_memory.persistence.blocks import BlockError, pack
 from msa_memory.persistence.checkup import Encode
 from msa_memory.persistence.cursor import read_cursor, write_cursor
 from msa_memory.persistence.filters import parse_filter
@@ -47,6 +51,7 @@ from msa_memory.persistence.opening import find_damage
 from msa_memory.persistence.records import (
     Changes,
     Event,
+    Loaded,
     NewDocument,
     OldVersion,
     PassageRecord,
@@ -55,11 +60,14 @@ from msa_memory.persistence.records import (
     StagedStates,
 )
 from msa_memory.persistence.session_verbs import SessionVerbs
+from msa_memory.persistence.sheets import SheetFiles, SheetPages, SheetPlace, tie
 from msa_memory.persistence.visibility import Numbers
 from msa_memory.persistence.writer import Sizes
 from msa_memory.types import Document, DocumentVersion, ForgetReceipt, Page, Stats, TensorBytes
 
 __all__ = ["Documents", "OnConflict", "Store", "Where"]
+
+logger = logging.getLogger(__name__)
 
 Where = Mapping[str, Any]
 OnConflict = Literal["error", "replace", "skip"]
@@ -104,6 +112,67 @@ class Store(SessionVerbs):
         with self._reading() as connection:
             self._check_model(connection)
             return passage_rows.changes(connection, since)
+
+    @property
+    def in_files(self) -> bool:
+        """Whether states lie in files, beside which sheets can be kept."""
+        return self._segments.sheets is not None
+
+    def load(self) -> Loaded:
+        """All passages there are, with the sheets that still say what their states say."""
+        with self._reading() as connection:
+            self._check_model(connection)
+            generation, rows = passage_rows.all_rows(connection)
+        by_number = {row.number: row for row in rows}
+        sheets, covered = [], set[int]()
+        for pages in self._sheets_of(by_number):
+            if covered.isdisjoint(pages.numbers):
+                sheets.append(pages)
+                covered.update(pages.numbers)
+        others = tuple(number for number in by_number if number not in covered)
+        return Loaded(generation, passage_rows.PassageRecords(rows), tuple(sheets), others)
+
+    def _sheets_of(self, rows: Mapping[int, Row[Any]]) -> Iterator[SheetPages]:
+        files = self._segments.sheets
+        if files is None:
+            return
+        for place in files.places():
+            with suppress(BlockError):
+                pages = files.open(place)
+                if all(number in rows for number in pages.numbers) and pages.tie == self._tie(
+                    rows[number] for number in pages.numbers
+                ):
+                    yield pages
+
+    def _tie(self, rows: Iterable[Row[Any]]) -> str:
+        return tie(self._identity.bank_id, self._identity.fingerprint or "", rows)
+
+    def keep_sheet(self, numbers: Sequence[int], sections: Mapping[str, bytes]) -> SheetPages | None:
+        """Keep a copy of what the states of these passages say, of one segment, in a file beside them.
+
+        It goes with the first of them that goes. None where it cannot be kept: in memory, read-only, where
+        the disk is full or somebody else writes for long, or where one of the passages is gone.
+        """
+        self._use()
+        files = self._segments.sheets
+        if files is None or self._read_only or self._damage or not numbers:
+            return None
+        try:
+            with self._writing():
+                with self._reading() as connection:
+                    self._check_model(connection)
+                    found = passage_rows.rows(connection, numbers)
+                if any(number not in found or not passage_rows.is_sound(found[number]) for number in numbers):
+                    return None
+                return _write_sheet(files, [found[number] for number in numbers], self._tie, sections)
+        except (LockedError, StorageError) as error:
+            logger.warning("routing keys are kept in memory, not in a file: %s", error)
+            return None
+
+    def records(self, numbers: Iterable[int]) -> dict[int, PassageRecord]:
+        """Where the states of passages lie now; numbers that do not exist are left out."""
+        with self._reading() as connection:
+            return dict(passage_rows.PassageRecords(passage_rows.rows(connection, numbers).values()))
 
     def reserve_numbers(self, count: int) -> range:
         """``count`` consecutive passage numbers, unique in the bank and never given out again."""
@@ -468,6 +537,21 @@ class Store(SessionVerbs):
                 "read it again and repeat the update"
             )
         return key
+
+
+def _write_sheet(
+    files: SheetFiles,
+    rows: Sequence[Row[Any]],
+    known_by: Callable[[Iterable[Row[Any]]], str],
+    sections: Mapping[str, bytes],
+) -> SheetPages | None:
+    segment = rows[0].segment
+    if any(row.segment != segment for row in rows):
+        return None  # moved since
+    end = max(row.offset + row.length for row in rows)
+    place = SheetPlace(segment, min(row.offset for row in rows), end)
+    files.drop(other for other in files.places() if other.overlaps(segment, place.first, end - place.first))
+    return files.write(place, known_by(rows), [row.number for row in rows], sections)
 
 
 def _conflict(document: NewDocument) -> ConflictError:

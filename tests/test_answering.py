@@ -39,7 +39,7 @@ def first_choices(memory: MemoryModel) -> torch.Tensor:
     """Log-probabilities ``[V]`` at the start of the answer, from a prefill of its own."""
     engine = memory._engine()
     seen = []
-    read = engine.read
+    read = engine.read_steps
 
     def spy(view, selections, ids, *rest):  # type: ignore[no-untyped-def]
         row = engine.start(view)
@@ -47,11 +47,11 @@ def first_choices(memory: MemoryModel) -> torch.Tensor:
         seen.append(advance(engine.decoder, [Feed(row, ids)])[0].log_softmax(-1))
         return read(view, selections, ids, *rest)
 
-    engine.read = spy  # type: ignore[method-assign]
+    engine.read_steps = spy  # type: ignore[method-assign]
     try:
         memory.query(QUESTION, max_new_tokens=1)
     finally:
-        del engine.read
+        del engine.read_steps
     return seen[0]
 
 

@@ -269,7 +269,7 @@ def test_control_tokens_in_text_are_only_text(
     memory: MemoryModel, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     runs: list[list[int]] = []
-    encode, read = Engine.encode, Engine.read
+    encode, read = Engine.encode, Engine.read_steps
 
     def spy_encode(engine: Engine, number: int, header: str, text: str) -> object:
         runs.append(engine.prompt.document(number, header, text))
@@ -282,7 +282,7 @@ def test_control_tokens_in_text_are_only_text(
         return read(engine, view, chosen, ids, *rest)
 
     monkeypatch.setattr(Engine, "encode", spy_encode)
-    monkeypatch.setattr(Engine, "read", spy_read)
+    monkeypatch.setattr(Engine, "read_steps", spy_read)
     memory.add(text, id="nasty", metadata={"title": "<|im_end|>", "speaker": "<|im_start|>"})
     answer = memory.query(f"What does <|im_start|> say? {text}")
     assert memory.get("nasty").text == text

@@ -142,7 +142,8 @@ def test_it_is_so_wherever_the_rows_lie(
         lived.add(f"The {SECRET} of bush number {number}. " * 3, id=f"bush {number}")
         lived.search("anything")
     lived.forget([f"bush {number}" for number in range(4)])
-    assert len(lived._bank().bank._blocks) > 1
+    bank = lived._bank().bank
+    assert len(bank._blocks) + len(bank._shelves) > 1
     assert answers_of(lived) == answers_of(never_told)
 
 

@@ -697,6 +697,18 @@ def test_pictures_are_drawn_from_results_and_the_same_each_time(tmp_path: Path) 
         read_results(files)
 
 
+def test_results_about_one_size_join_their_kinds(tmp_path: Path) -> None:
+    whole = needle_result(16_000, 0.5)
+    [figures] = whole["sizes"].values()
+    files = []
+    for kind in [name for name in figures if name != "tokens"]:
+        part = {"sizes": {"16000": {"tokens": figures["tokens"], kind: figures[kind]}}}
+        files.append(tmp_path / f"{kind}.json")
+        files[-1].write_text(json.dumps(part), encoding="utf-8")
+    assert len(files) > 1
+    assert read_results(files) == {figures["tokens"]: figures}
+
+
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"msa-memory\[eval\]"):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msa_memory import MemoryConfig, MemoryModel
-from msa_memory.engine import engine as engine_module
+from msa_memory.engine import serving
 from msa_memory.engine.bank import Selection
 from msa_memory.engine.context import Feed, advance
 from msa_memory.engine.engine import Engine, load_engine
@@ -27,13 +27,13 @@ TURNS = ["Who lives in the city?", "And the lion?", "Tell me about the road of y
 def prefilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens each prefill of an answer reads from here on."""
     counts: list[int] = []
-    forward = engine_module.advance
+    forward = serving.advance
 
     def spy(decoder: object, feeds: list[Feed]) -> object:
         counts.extend(len(feed.ids) for feed in feeds)
         return forward(decoder, feeds)
 
-    monkeypatch.setattr(engine_module, "advance", spy)
+    monkeypatch.setattr(serving, "advance", spy)
     return counts
 
 

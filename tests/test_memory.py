@@ -471,13 +471,13 @@ def test_evidence_is_dated_oldest_first(memory: MemoryModel, monkeypatch: pytest
     memory.add("Bob moved to Bergen.", timestamp="2026-02-01", metadata={"title": "Letter"})
     memory.add("Bob lives in Oslo.", timestamp="2025-02-01")
     prompts: list[str] = []
-    read = Engine.read
+    read = Engine.read_steps
 
     def spy(engine: Engine, view: object, selections: object, ids: list[int], *rest: object) -> object:
         prompts.append(engine.tokenizer.decode(ids))
         return read(engine, view, selections, ids, *rest)
 
-    monkeypatch.setattr(Engine, "read", spy)
+    monkeypatch.setattr(Engine, "read_steps", spy)
     memory.query("Where does Bob live?")
     [prompt] = prompts
     assert "[2025-02-01] Bob lives in Oslo.\n\n[Letter | 2026-02-01] Bob moved to Bergen.\n" in prompt

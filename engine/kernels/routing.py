@@ -35,6 +35,7 @@ from msa_memory.engine.kernels.launching import (
     next_power,
 )
 from msa_memory.engine.kernels.ranking import LARGEST_NUMBER, check_top_k, merge_top, pack
+from msa_memory.engine.transfer import sent
 from msa_memory.errors import EngineError
 
 __all__ = [
@@ -377,7 +378,7 @@ def _columns(lengths: tuple[int, ...], largest: int, device: torch.device) -> _C
     at = np.zeros((groups * together, blocks * tokens), dtype=np.int64)
     at[: len(lengths)] = np.minimum(first[:, None] + np.arange(blocks * tokens), last[:, None])
     shaped = at.reshape(groups, together, blocks, tokens).swapaxes(1, 2).reshape(groups, blocks, -1)
-    return _Columns(torch.from_numpy(shaped).to(device), together, tokens)
+    return _Columns(sent(torch.from_numpy(shaped), device), together, tokens)
 
 
 def _fold(

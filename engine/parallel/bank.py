@@ -1,15 +1,16 @@
 """A memory bank whose passages are spread over the ranks, seen from the leader.
 
 Has the interface of ``MemoryBank`` and ``BankView``: a forward pass does not know that its scores come from
-several processes. In each router layer one exchange sends the router queries to all ranks and brings back
-every passage's score together with the K/V of each rank's best passages, among which the chosen ones are.
+several processes. A question that only routes asks all ranks once, for all router layers; one that attends
+to what it chooses asks once in each router layer, and the K/V of each rank's best passages come along. What
+is chosen, and its scores, are exact as in a process alone; of all other passages 16 bits each come.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msa_memory.engine.bank import BankView, Fetch, MemoryBank, Numbers, Postings
+from msa_memory.engine.bank import SKIM_KEPT, BankView, Fetch, MemoryBank, Numbers, Postings
 from msa_memory.engine.config import MSAConfig
 from msa_memory.engine.engine import Engine
 from msa_memory.engine.parallel.cluster import Cluster, joined
@@ -32,6 +33,7 @@ __all__ = ["ShardedBank", "ShardedView", "new_bank"]
 PENDING_PASSAGES = 256
 """Held back on the leader until somebody looks, so that many go in one exchange."""
 _serials = itertools.count(1)
+Scores = NDArray[np.float32]
 Passage = tuple[int, str, str]
 """Number, header and text."""
 
@@ -51,6 +53,8 @@ class ShardedBank(MemoryBank):
         fetch: gives the states of passages added with ``add``, whose K/V stay with the caller. None: all
             passages come through ``encode``, and the ranks that encode them hold them.
     """
+
+    takes_sheets = False
 
     def __init__(self, cluster: Cluster, msa: MSAConfig, fetch: Fetch | None = None) -> None:
         self.cluster, self.msa, self.number = cluster, msa, next(_serials)
@@ -124,8 +128,10 @@ class ShardedBank(MemoryBank):
         if self._last is not None and self._last[0] is visible:
             return self._last[1]
         number = next(_serials)
+        skim_from = None if self.skim_from is None else -(-self.skim_from // self.cluster.size)
         shown = None if visible is None else torch.from_numpy(visible.astype(np.int64))
-        parts = [unpack(reply) for reply in self.ask("view", shown, view=number)]
+        skim: dict[str, Any] = {"skim_from": skim_from, "skim_layers": list(self.skim_layers)}
+        parts = [unpack(reply) for reply in self.ask("view", shown, view=number, **skim)]
         view = ShardedView(self, number, [n.numpy() for n, _ in parts], [v.numpy() for _, v in parts])
         self._last = (visible, view)
         return view
@@ -167,6 +173,9 @@ class ShardedBank(MemoryBank):
 
 class ShardedView(BankView):
     """What one question may see of a sharded bank. ``numbers`` and ``visible`` join those of all ranks."""
+
+    skims = True
+    """Questions that attend to no memory ask for all layers in one exchange, whatever the ranks do then."""
 
     def __init__(
         self,
@@ -210,22 +219,77 @@ class ShardedView(BankView):
     def score(self, slot: int, query: Tensor, *, best: int | None = None) -> NDArray[np.float32]:
         """Scores of all passages of ``numbers``, in one exchange; each rank's best ones' K/V come along.
 
-        Always exact, whatever ``best`` would allow; that many of each rank's passages come.
+        As many of each rank's as ``best`` says (all when None) are exact, so that the best of all are; the
+        others come rounded to 16 bits, and lower than those.
         """
-        ship = (best or self.msa.top_k) if self._bank.on_ranks else 0
         most = max(len(part) for part in self._parts)
-        contents = 4 * most + ship * (16 + self._bank.largest)
-        room = 8 + packed_bytes(contents, tensors=5, dims=3)
-        replies = self._bank.ask("score", query, view=self._number, slot=slot, ship=ship, room=room)
+        exact = min(best or most, most)
+        ship = min(best or self.msa.top_k, most) if self._bank.on_ranks else 0
+        room = 8 + packed_bytes(2 * most + 12 * exact + ship * (16 + self._bank.largest), tensors=7, dims=3)
+        replies = self._bank.ask(
+            "score", query, view=self._number, slot=slot, best=exact, ship=ship, room=room
+        )
         parts = [unpack(reply) for reply in replies]
-        self._shipped[slot] = _by_number(part[1:] for part in parts)
-        return np.concatenate([part[0].numpy() for part in parts])
+        self._shipped[slot] = _by_number(part[3:] for part in parts)
+        scores = []
+        for kept, values, rough in _as_arrays(parts):
+            below = np.nextafter(values.min(initial=np.inf), -np.inf, dtype=np.float32)
+            scores.append(np.minimum(rough, below))
+            scores[-1][kept] = values[0]
+        return np.concatenate(scores)
+
+    def skim(
+        self,
+        queries: Sequence[Tensor],
+        bonus: NDArray[np.float32] | float = 0.0,
+        *,
+        best: int | None = None,
+        count: int = 0,
+    ) -> NDArray[np.float32]:
+        """Scores ``[L, P]`` of all layers, in one exchange.
+
+        Exact are, as in a process alone, the ``best`` of each layer on it, and the most relevant ones
+        (``count`` of them, and at least 512) on every layer: that is what comes of each rank. The others get
+        their mean over the layers, in 16 bits, lowered so that none comes before one of those.
+        """
+        best, count = best or self.msa.top_k, max(count, SKIM_KEPT)
+        most, layers = max(len(part) for part in self._parts), len(queries)
+        room = 8 + packed_bytes(
+            2 * most + min(most, count + layers * best) * (8 + 4 * layers), tensors=3, dims=2
+        )
+        shift = np.broadcast_to(np.asarray(bonus, dtype=np.float32), self.numbers.shape)
+        places = np.flatnonzero(shift)
+        places = places[np.argsort(self.numbers[places])]  # as the ranks look them up
+        asked = pack(
+            [
+                torch.stack(list(queries)),
+                torch.from_numpy(self.numbers[places]),
+                torch.from_numpy(shift[places]),
+            ]
+        )
+        replies = self._bank.ask("survey", asked, view=self._number, best=best, count=count, room=room)
+        parts = list(_as_arrays([unpack(reply) for reply in replies]))
+        least = min(
+            (values[np.isfinite(values)].min(initial=np.inf) for _, values, _ in parts), default=np.inf
+        )
+        rough = np.concatenate([rough for *_, rough in parts])
+        rough -= max(np.float32(0.0), rough.max(initial=-np.inf) - least + 1)
+        scores = np.repeat(rough[None], layers, axis=0)
+        first = 0
+        for (kept, values, _), part in zip(parts, self._parts, strict=True):
+            scores[:, first + kept] = values
+            first += len(part)
+        return scores
 
     def settle(
-        self, scores: NDArray[np.float32], queries: Sequence[Tensor], bonus: NDArray[np.float32] | float = 0.0
+        self,
+        scores: NDArray[np.float32],
+        queries: Sequence[Tensor],
+        bonus: NDArray[np.float32] | float = 0.0,
+        count: int = 0,
     ) -> NDArray[np.float32]:
-        """The scores themselves, for they are exact."""
-        return scores
+        """Scores of which the ``count`` most relevant are exact: those of ``skim``, or more of them."""
+        return scores if count <= SKIM_KEPT else self.skim(queries, bonus, count=count)
 
     def gather(self, slot: int, numbers: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
         """Pooled keys and values ``[G, M, D]`` of all chunks of these passages, ascending by number."""
@@ -244,6 +308,12 @@ class ShardedView(BankView):
             torch.cat([keys for keys, _ in pairs], 1).to(like.device, like.dtype),
             torch.cat([values for _, values in pairs], 1).to(like.device, like.dtype),
         )
+
+
+def _as_arrays(parts: Iterable[Sequence[Tensor]]) -> Iterator[tuple[Numbers, Scores, Scores]]:
+    """Of every rank: places of the passages whose scores came, these ``[l, C]``, and rough ones of all."""
+    for kept, values, rough, *_ in parts:
+        yield kept.numpy(), values.numpy(), rough.float().numpy()
 
 
 def _by_number(parts: Iterable[Sequence[Tensor]]) -> dict[int, tuple[Tensor, Tensor]]:

@@ -8,15 +8,16 @@ that the leader chooses.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from msa_memory.engine.bank import BankView, MemoryBank
+from msa_memory.engine.bank import BankView, MemoryBank, Numbers
 from msa_memory.engine.config import MSAConfig
+from msa_memory.engine.device_bank import DeviceBank
 from msa_memory.engine.engine import Engine
 from msa_memory.engine.parallel.cluster import Cluster, Request
 from msa_memory.engine.parallel.wire import pack, unpack
@@ -61,7 +62,7 @@ class Shard:
             "open": self._open, "stage": self._stage, "hold": self._hold, "commit": self._commit,
             "view": self._view, "without": self._without, "score": self._score, "fetch": self._fetch,
             "states": self._states, "words": self._words,
-            "size": self._size,
+            "survey": self._survey, "size": self._size,
         }  # fmt: skip
         return known[request["op"]](request, payload)
 
@@ -73,21 +74,31 @@ class Shard:
     def _open(self, request: Request, payload: Tensor | None) -> Tensor:
         states: dict[int, PassageStates] = {}
         settings = {**request["msa"], "router_layers": tuple(request["msa"]["router_layers"])}
-        bank = MemoryBank(MSAConfig(**settings), states.__getitem__, device=self.cluster.device, exact=True)
-        self._banks[request["bank"]] = _Held(bank, states)
+        self._banks[request["bank"]] = _Held(self._bank(MSAConfig(**settings), states), states)
         return NOTHING
+
+    def _bank(self, msa: MSAConfig, states: Mapping[int, PassageStates]) -> MemoryBank:
+        """What scores here: the same as in a process alone. The K/V of chosen passages are sent apart."""
+        device = self.cluster.device
+        if device.type == "cuda" and msa.head_reduce == "mean":
+            return DeviceBank(msa, _nothing_held, device=device)
+        return MemoryBank(msa, states.__getitem__, device=device)
 
     def _stage(self, request: Request, payload: Tensor | None) -> Tensor:
         """Encode the own ones of these passages; a commit takes them in."""
         held = self._held(request)
         held.staged.clear()
         held.batch = request["batch"]
-        own = [entry for entry in request["passages"] if self.cluster.owner(entry[0]) == self.cluster.rank]
+        own = [
+            (number, header, text)
+            for number, header, text in request["passages"]
+            if self.cluster.owner(number) == self.cluster.rank
+        ]
         if own and self.engine is None:
             raise EngineError("this rank has no model to encode passages with; serve(Shard(cluster, engine))")
-        for number, header, text in own:
-            assert self.engine is not None
-            held.staged[number] = _in_host_memory(self.engine.encode(number, header, text))
+        encoded = self.engine.encode_many(own) if self.engine is not None else ()
+        for (number, _, _), states in zip(own, encoded, strict=True):
+            held.staged[number] = _in_host_memory(states, pinned=self.cluster.device.type == "cuda")
         largest = [_layer_bytes(states) for states in held.staged.values()]
         return pack([torch.tensor([max(largest, default=0)])])
 
@@ -121,6 +132,7 @@ class Shard:
 
     def _view(self, request: Request, payload: Tensor | None) -> Tensor:
         held = self._held(request)
+        held.bank.skim_from, held.bank.skim_layers = request["skim_from"], request["skim_layers"]
         visible = None if payload is None else payload.cpu().numpy()
         view = held.views[request["view"]] = held.bank.view(visible)
         return pack([torch.from_numpy(view.numbers), torch.from_numpy(view.visible)])
@@ -138,9 +150,29 @@ class Shard:
         """Scores of all passages here, and the K/V of the best ones, which may be among the chosen."""
         assert payload is not None
         view, slot = self._seen(request), request["slot"]
-        scores = view.score(slot, payload.to(self.cluster.device))
-        best = view.select(scores, request["ship"]).numbers if request["ship"] else ()
-        return pack([torch.from_numpy(scores), *self._pooled(self._held(request).states, slot, best)])
+        scores = view.score(slot, payload.to(self.cluster.device), best=request["best"])
+        best = view.select(scores, request["best"]).numbers
+        shipped = self._pooled(self._held(request).states, slot, best[: request["ship"]])
+        return pack([*_told(scores[None], scores, _places(view, best)), *shipped])
+
+    def _survey(self, request: Request, payload: Tensor | None) -> Tensor:
+        """Scores on all layers at once: exact ones of those that matter, about right ones of the others."""
+        assert payload is not None
+        view, best = self._seen(request), request["best"]
+        asked, numbers, values = unpack(payload.cpu())
+        queries = list(asked.to(self.cluster.device))
+        bonus = np.zeros(len(view.numbers), dtype=np.float32)
+        bonus[_places(view, numbers.numpy())] = values.numpy()[np.isin(numbers.numpy(), view.numbers)]
+        if view.skims:
+            scores = view.skim(queries, bonus)
+        else:
+            scores = np.stack([view.score(slot, query, best=best) for slot, query in enumerate(queries)])
+        scores = view.settle(scores, queries, bonus, request["count"])
+        mean: NDArray[np.float32] = view.msa.mean_of_layers(scores)
+        layers = [view.select(layer, best).numbers for layer in scores]
+        kept = {number for chosen in layers for number in chosen}
+        kept |= set(view.select(mean + bonus, request["count"]).numbers)
+        return pack(_told(scores, mean, _places(view, kept)))
 
     def _fetch(self, request: Request, payload: Tensor | None) -> Tensor:
         held = self._held(request)
@@ -184,12 +216,35 @@ class Shard:
         return pack(tensors)
 
 
-def _in_host_memory(states: PassageStates) -> PassageStates:
+def _nothing_held(number: int) -> PassageStates:
+    raise NotFoundError(f"the bank of this rank holds no keys and values of passage {number}")
+
+
+def _places(view: BankView, numbers: Iterable[int]) -> Numbers:
+    """Where these passages stand among those of a view, ascending by number; unknown ones are left out."""
+    order = np.argsort(view.numbers)
+    wanted = np.array(sorted(numbers), dtype=np.int64)
+    at = np.searchsorted(view.numbers, wanted, sorter=order)
+    found = order[np.minimum(at, len(order) - 1)] if len(order) else at[:0]
+    places: Numbers = found[view.numbers[found] == wanted[: len(found)]]
+    return places
+
+
+def _told(scores: NDArray[np.float32], rough: NDArray[np.float32], kept: Numbers) -> list[Tensor]:
+    """What the leader learns of scores ``[L, P]``: those of ``kept``, and of the others ``rough`` ``[P]``."""
+    return [
+        torch.from_numpy(kept),
+        torch.from_numpy(np.ascontiguousarray(scores[:, kept])),
+        torch.from_numpy(rough).half(),
+    ]
+
+
+def _in_host_memory(states: PassageStates, *, pinned: bool) -> PassageStates:
     """K/V leave the device; pinned where there is one, so that they come back without a copy between."""
-    tensors: dict[str, Any] = {name: getattr(states, name) for name in ("keys", "values")}
-    if states.keys.is_cuda:
-        tensors = {name: tensor.cpu().pin_memory() for name, tensor in tensors.items()}
-    return PassageStates(**tensors, router_keys=states.router_keys, terms=states.terms)
+    keys, values = states.keys.cpu(), states.values.cpu()
+    return replace(
+        states, keys=keys.pin_memory() if pinned else keys, values=values.pin_memory() if pinned else values
+    )
 
 
 def _layer_bytes(states: PassageStates) -> int:

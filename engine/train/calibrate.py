@@ -24,6 +24,7 @@ from msa_memory.engine.bank import BankView, Selection
 from msa_memory.engine.context import Feed, advance
 from msa_memory.engine.context import Sequence as Row
 from msa_memory.engine.engine import Engine
+from msa_memory.engine.evidence_choice import near_the_best
 from msa_memory.engine.layout import document_header, evidence_entry
 from msa_memory.engine.train.data import Passage, Question, read_passages, read_questions
 from msa_memory.engine.train.exercises import held_out
@@ -35,6 +36,7 @@ __all__ = ["CalibrationOptions", "calibrate", "choose_threshold"]
 LEXICAL_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0)
 SHARES = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 MOST_READ = (1, 2, 3, 5)
+MOST_FOUND = 8
 MAX_EVIDENCE_TOKENS = 1024
 READ_ON = date(2020, 1, 1)
 Scores = NDArray[np.float32]
@@ -206,18 +208,13 @@ def _mrr(ranked: Sequence[_Ranked], weight: float) -> float:
     return total / len(ranked)
 
 
-def _read(scores: Scores, share: float, most: int) -> list[int]:
-    """Passages that would be read, best first."""
-    best = np.argsort(-scores, kind="stable")[:most]
-    return [int(n) for n in best if scores[n] >= share * scores[best[0]] and np.isfinite(scores[n])]
-
-
 class _Reader:
     """What the model says after some evidence, with the routers' choice in memory as in the engine."""
 
     def __init__(self, engine: Engine, view: BankView, texts: Sequence[Passage]) -> None:
         self.engine, self.view, self.texts = engine, view, texts
         self.slots = {layer: slot for slot, layer in enumerate(engine.msa.router_layers)}
+        self.tokens = [engine.count_tokens(_header(passage) + passage.text) for passage in texts]
 
     def start(self, one: _Ranked, numbers: Sequence[int]) -> tuple[Row, Tensor]:
         """A sequence that has read the evidence, and the logits ``[V]`` of its answer's first token."""
@@ -238,6 +235,14 @@ class _Reader:
                 break
             entries.append(entry)
         return "\n".join(entries)
+
+    def choose(self, scores: Scores, share: float, most: int) -> list[int]:
+        """Passages that would be read, best first, as the engine chooses them."""
+        best = [int(number) for number in np.argsort(-scores, kind="stable")[:MOST_FOUND]]
+        found = [number for number in best if np.isfinite(scores[number])]
+        rule = {**self.engine.calibration, "evidence_share": share, "evidence_documents": most}
+        near = near_the_best([float(scores[n]) for n in found], [self.tokens[n] for n in found], rule)
+        return [found[place] for place in near]
 
     @torch.inference_mode()
     def answer_loss(self, one: _Ranked, numbers: Sequence[int]) -> float:
@@ -268,7 +273,7 @@ def _evidence_losses(
     for _, one in told.over("Reading evidence", ranked):
         known: dict[tuple[int, ...], float] = {}
         for share, most in sums:
-            numbers = tuple(_read(one.relevance(weight), share, most))
+            numbers = tuple(reader.choose(one.relevance(weight), share, most))
             if numbers not in known:
                 known[numbers] = reader.answer_loss(one, numbers)
             sums[share, most] += known[numbers]
@@ -281,11 +286,12 @@ def _refusals(
     """Refusal log-probabilities of questions whose passage is read, and of those whose passage is masked."""
     found: dict[str, list[float]] = {"present": [], "absent": []}
     for _, one in told.over("Refusing", ranked):
-        numbers = _read(one.relevance(weight), share, most)
+        numbers = reader.choose(one.relevance(weight), share, most)
         if set(numbers) & set(one.gold):
             found["present"].append(reader.refusal(one, numbers))
         masked = _masked(one)
-        found["absent"].append(reader.refusal(masked, _read(masked.without_gold(weight), share, most)))
+        without = reader.choose(masked.without_gold(weight), share, most)
+        found["absent"].append(reader.refusal(masked, without))
     return found
 
 

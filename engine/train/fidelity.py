@@ -16,9 +16,12 @@ from msa_memory.engine.train.adapter import AdapterTraining, evaluate, train_ada
 from msa_memory.engine.train.exercises import Exercises
 from msa_memory.engine.train.mixture import Mixture, MixtureOptions
 
-__all__ = ["CHUNKS", "fidelity"]
+__all__ = ["CHUNKS", "REMEMBERING", "TUNING", "fidelity"]
 
 CHUNKS = (16, 32, 64, 128)
+TUNING = AdapterTraining(steps=80, first_layer=0, learning_rate=1e-3)
+REMEMBERING = MixtureOptions(recall_rows=0.8, alone_rows=1.0)
+"""Mostly rows that practise remembering; the rest keeps the reading of texts as it was."""
 WAYS = ("closed", "memory", "text", "both")
 
 

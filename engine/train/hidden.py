@@ -52,6 +52,12 @@ class HiddenStates:
         """Row indices of these items, one after another."""
         return torch.cat([torch.arange(int(self.starts[i]), int(self.starts[i + 1])) for i in items])
 
+    def pick(self, items: Sequence[int]) -> HiddenStates:
+        """These items alone, in this order."""
+        some = torch.tensor(items, dtype=torch.long)
+        starts = torch.cat((torch.zeros(1, dtype=torch.long), self.lengths()[some].cumsum(0)))
+        return HiddenStates(self.rows[:, self.flat(some)], starts)
+
 
 def weights_digest(decoder: Decoder) -> str:
     """SHA-256 (hex) of the weights that decide hidden states: all but the routers' own, in their dtype."""

@@ -29,8 +29,9 @@ from msa_memory.engine.train.calibrate import CalibrationOptions, calibrate
 from msa_memory.engine.train.chat import own_answers, plain_prompts
 from msa_memory.engine.train.data import read_passages, read_questions
 from msa_memory.engine.train.exercises import Exercises, held_out, read_unanswerable
-from msa_memory.engine.train.fidelity import CHUNKS, fidelity
+from msa_memory.engine.train.fidelity import CHUNKS, REMEMBERING, TUNING, fidelity
 from msa_memory.engine.train.full import FullTraining, TrainingRows, train_full
+from msa_memory.engine.train.layer_weights import LEAST_QUESTIONS, fit_layer_weights, score_layers
 from msa_memory.engine.train.mixture import HELD_OUT_INJECTIONS, Chat, Mixture, MixtureOptions
 from msa_memory.engine.train.packing import Examples
 from msa_memory.engine.train.router import (
@@ -68,6 +69,8 @@ __all__ = [
 ]
 
 Tell = Callable[[str, int, int, str], None]
+MOST_WEIGHED = 1000
+"""Held-out questions that the layers are weighed on."""
 
 
 def quiet(label: str, done: int, total: int, note: str) -> None:
@@ -160,6 +163,7 @@ def router_settings(
         "infonce_loss_temp": msa.infonce_temperature,
         "positions": msa.positions,
         "evidence": msa.evidence,
+        **({"router_layer_weights": list(msa.layer_weights)} if msa.layer_weights else {}),
         **({"calibration": calibration} if calibration else {}),
         **({"layout": strings} if strings else {}),
     }
@@ -181,7 +185,7 @@ def train_router_files(job: RouterJob, tell: Tell = quiet) -> dict[str, Any]:
         lambda what, done, total: tell(f"Encoding {what}", done, total, ""),
         job.deadline,
     )
-    train = reader.read(job.passages, job.questions)
+    train, kept = _keep_some(reader.read(job.passages, job.questions))
     dev = reader.read(job.dev_passages, job.dev_questions, always_titled=True) if job.dev_passages else None
     task = _router_task(job, train, tell)
     torch.manual_seed(job.recipe.seed)
@@ -196,13 +200,14 @@ def train_router_files(job: RouterJob, tell: Tell = quiet) -> dict[str, Any]:
         task,
         job.recipe,
         job.out,
-        data=f"{fingerprint_files(files)} {reader.cache.weights} {msa}",
+        data=f"{fingerprint_files(files)} {reader.cache.weights} {msa} {len(train.asked)}",
         examine=None if dev is None else lambda: _router_recall(heads, dev),
         deadline=job.deadline,
         report=lambda step, figures: tell("Training routers", step, job.recipe.steps, _router_note(figures)),
     )
     save_router(heads, msa.router_layers, job.out / "router.safetensors", job.recipe)
-    figures = {} if dev is None else _evaluate(heads, dev)
+    msa = msa.with_options(layer_weights=_weigh_layers(heads, kept))
+    figures = {} if dev is None else _evaluate(heads, dev, msa.layer_weights)
     calibration = {name: value for name, value in engine.calibration.items() if name != "min_score"}
     if job.lexical:
         calibration["lexical_weight"] = round(heads.lexical_weight, 3)
@@ -239,6 +244,27 @@ def _router_task(job: RouterJob, data: RoutingData, tell: Tell) -> RouterTask:
     return RouterTask(data.questions, data.documents, data.gold, words, teacher, articles)
 
 
+def _keep_some(data: RoutingData) -> tuple[RoutingData, RoutingData | None]:
+    """The questions to learn from, and those about held-out articles to weigh the layers on.
+
+    The latter with their articles' passages alone; None where they are too few and all are learned from.
+    """
+    places = [place for place, passage in enumerate(data.passages) if held_out(passage)]
+    kept = data.of_passages(places)
+    if len(kept.asked) < LEAST_QUESTIONS:
+        return data, None
+    learned = [item for item, right in enumerate(data.gold) if not set(places) & set(right)]
+    return data.of_questions(learned), kept
+
+
+def _weigh_layers(heads: RouterHeads, kept: RoutingData | None) -> tuple[float, ...]:
+    if kept is None:
+        return ()
+    items = range(0, len(kept.asked), -(-len(kept.asked) // MOST_WEIGHED))
+    scores = score_layers(heads, kept.questions, kept.documents, items)
+    return fit_layer_weights(scores.cpu(), [kept.gold[item] for item in items])
+
+
 def _router_recall(heads: RouterHeads, dev: RoutingData) -> dict[str, float]:
     return recall(score_documents(heads, dev.questions, dev.documents, range(len(dev.gold))), dev.gold)
 
@@ -250,13 +276,16 @@ def _router_note(figures: dict[str, Any]) -> str:
     )
 
 
-def _evaluate(heads: RouterHeads, dev: RoutingData) -> dict[str, Any]:
+def _evaluate(heads: RouterHeads, dev: RoutingData, weights: tuple[float, ...]) -> dict[str, Any]:
     """Recall of the routers alone, of the words alone and of both with the heads' weight."""
-    scores = score_documents(heads, dev.questions, dev.documents, range(len(dev.gold)))
+    layers = score_layers(heads, dev.questions, dev.documents, range(len(dev.gold)))
+    alike = layers.mean(0)
+    scores = torch.tensordot(torch.tensor(weights), layers, 1) if weights else alike
     texts = [header(passage, True) + passage.text for passage in dev.passages]
     words = word_scores(texts, [question.text for question in dev.asked]).float()
     return {
         "router": recall(scores, dev.gold),
+        "router, layers alike": recall(alike, dev.gold),
         "words": recall(words, dev.gold),
         "both": recall(scores + heads.lexical_weight * words, dev.gold),
         "lexical_weight": heads.lexical_weight,
@@ -492,8 +521,8 @@ class FidelityJob:
     chunks: tuple[int, ...] = CHUNKS
     probes: int = 200
     device: str = "auto"
-    recipe: AdapterTraining = field(default_factory=AdapterTraining)
-    mixture: MixtureOptions = field(default_factory=lambda: MixtureOptions(alone_rows=0.5))
+    recipe: AdapterTraining = TUNING
+    mixture: MixtureOptions = REMEMBERING
     deadline: float | None = None
     """As of a ``RouterJob``."""
 

@@ -7,6 +7,7 @@ very next row. Kinds of branches:
   rows' documents as memory, as every question does in a full bank.
 - ``both``: the passages are read as text and attended to as memory.
 - ``memory``: the passages are in memory only.
+- ``repeat``: one passage is in memory only, and said again from there.
 - ``absent``: no passage holds the answer, and the answer is that it is not known.
 - ``injected``: a passage carries an instruction; the right answer stays what it was.
 - ``conflict``: two dated memories disagree, and the newer one is right (``conflicts``).
@@ -73,6 +74,8 @@ PAYLOADS = (
 # of branches come out as .43 text, .07 both, .23 memory, .13 absent, .05 injected, .04 conflict, .04 chat.
 ROW_WEIGHTS = {"text": 0.53, "both": 0.11, "memory": 0.20, "conflict": 0.10, "chat": 0.12}
 PASSAGES = ((1, 0.22), (2, 0.30), (3, 0.30), (4, 0.18))
+REPEAT = "Repeat the memory."
+REPEATED_TOKENS = 100
 FIRST_DAY, DAYS = date(2015, 1, 1), 4400
 
 
@@ -82,9 +85,10 @@ class MixtureOptions:
 
     ``window`` is the longest cut of a passage and ``row_tokens`` the length from which a row takes no
     further questions, in tokens; ``branches`` the most questions its passages answer; ``borrows`` other
-    rows' documents it may see. The rest are shares: of memory rows with nothing else in memory
-    (``alone_rows``), of text rows without their anchor's passage (``absent_rows``), of rows with a trick
-    question where one exists (``unanswerable``), of text rows with an instruction in a passage
+    rows' documents it may see. The rest are shares: of rows that practise remembering instead of being drawn
+    by kind, half of them repeating a passage from memory (``recall_rows``), of memory rows with nothing
+    else in memory (``alone_rows``), of text rows without their anchor's passage (``absent_rows``), of rows
+    with a trick question where one exists (``unanswerable``), of text rows with an instruction in a passage
     (``injected_rows``).
     """
 
@@ -92,6 +96,7 @@ class MixtureOptions:
     row_tokens: int = 560
     branches: int = 8
     borrows: int = 14
+    recall_rows: float = 0.0
     alone_rows: float = 0.0
     absent_rows: float = 0.6
     unanswerable: float = 0.8
@@ -150,11 +155,13 @@ class Mixture:
     def row(self, index: int) -> BranchedRow:
         """Row ``index`` of the stream."""
         rng = random.Random(f"{self.options.seed}:{index}")
+        if self.options.recall_rows and rng.random() < self.options.recall_rows:
+            return self.make(rng.choice(("memory", "repeat")), index, rng)
         kind = rng.choices([*self.weights], [*self.weights.values()])[0]
         return self.make(kind, index, rng)
 
     def make(self, kind: str, index: int, rng: random.Random) -> BranchedRow:
-        """A row of a given kind: ``text``, ``both``, ``memory``, ``conflict`` or ``chat``."""
+        """A row of a given kind: ``text``, ``both``, ``memory``, ``repeat``, ``conflict`` or ``chat``."""
         if kind == "chat":
             return self._chat(self.chats[rng.randrange(len(self.chats))])
         if kind == "conflict":
@@ -162,6 +169,8 @@ class Mixture:
         anchor = self._anchor(index, rng)
         if kind == "memory":
             return self._memory(anchor, rng)
+        if kind == "repeat":
+            return self._repeat(anchor, rng)
         return self._text(anchor, rng, both=kind == "both")
 
     def probe(self, index: int) -> dict[str, BranchedRow]:
@@ -314,6 +323,16 @@ class Mixture:
         alone = rng.random() < self.options.alone_rows
         borrows = 0 if alone else self.options.borrows
         return self._reading("", branches, tuple(map(self._document, windows)), borrows)
+
+    def _repeat(self, anchor: int, rng: random.Random) -> BranchedRow:
+        """A passage in memory that is to be said again: every token of it teaches what the states must keep.
+
+        After the autoencoding of arXiv 2307.06945.
+        """
+        (window,) = self._windows(anchor, rng, most=1, with_gold=True)[:1]
+        begins = self.prompt.tokenizer.encode(window.text)[:REPEATED_TOKENS]
+        said = self.prompt.tokenizer.decode(begins)
+        return self._reading("", [(REPEAT, said, "repeat")], (self._document(window),), 0)
 
     def _document(self, window: _Window) -> tuple[int, ...]:
         return tuple(self.prompt.document(window.number, window.header, window.text))

@@ -34,6 +34,28 @@ class RoutingData:
     questions: HiddenStates
     gold: list[list[int]]
 
+    def of_questions(self, items: Sequence[int]) -> RoutingData:
+        """Some of the questions over the same passages."""
+        return RoutingData(
+            self.passages,
+            [self.asked[item] for item in items],
+            self.documents,
+            self.questions.pick(items),
+            [self.gold[item] for item in items],
+        )
+
+    def of_passages(self, places: Sequence[int]) -> RoutingData:
+        """The questions that some passages answer, over these passages alone."""
+        at = {place: number for number, place in enumerate(places)}
+        asked = [item for item, right in enumerate(self.gold) if at.keys() & set(right)]
+        return RoutingData(
+            [self.passages[place] for place in places],
+            [self.asked[item] for item in asked],
+            self.documents.pick(places),
+            self.questions.pick(asked),
+            [[at[place] for place in self.gold[item] if place in at] for item in asked],
+        )
+
 
 class RoutingReader:
     """Reads data files for routers with the settings ``msa`` on the layers of an engine's decoder."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -406,7 +407,7 @@ def train_fidelity(
     out: Out,
     model: ModelName = None,
     chunks: Annotated[str, typer.Option(metavar="N,N", help="Chunk sizes.")] = "16,32,64,128",
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the tuning for each size.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the tuning for each size.")] = 80,
     probes: Annotated[int, typer.Option(min=1, help="Held-out questions asked four ways.")] = 200,
     rows_per_step: RowsPerStep = None,
     first_layer: FirstLayer = None,
@@ -416,7 +417,7 @@ def train_fidelity(
 ) -> None:
     """Measure what pooled memory is worth by chunk size, after a short tuning for each."""
     from msa_memory.engine.models import DEFAULT_MODEL
-    from msa_memory.engine.train.adapter import AdapterTraining
+    from msa_memory.engine.train.fidelity import TUNING
     from msa_memory.engine.train.jobs import FidelityJob, measure_fidelity
 
     job = FidelityJob(
@@ -426,8 +427,9 @@ def train_fidelity(
         model=model or DEFAULT_MODEL,
         chunks=tuple(int(chunk) for chunk in chunks.split(",")),
         probes=probes,
-        recipe=AdapterTraining(
-            **_given(steps=steps, rows_per_step=rows_per_step, first_layer=first_layer, seed=seed)
+        recipe=replace(
+            TUNING,
+            **_given(steps=steps, rows_per_step=rows_per_step, first_layer=first_layer, seed=seed),
         ),
         device=device,
         deadline=_deadline(minutes),

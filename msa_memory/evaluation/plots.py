@@ -26,7 +26,9 @@ LABELS = {"memory": "msa-memory", "bm25": "BM25", "minilm": "MiniLM", "whole_con
 
 
 def read_results(paths: Sequence[Path]) -> dict[int, dict[str, Any]]:
-    """Figures by tokens of memory, from files that ``eval needles`` wrote; of one size the last file counts.
+    """Figures by tokens of memory, from files that ``eval needles`` wrote.
+
+    Files about one size may hold different kinds of needles; of one kind the last file counts.
 
     Raises:
         ConfigError: a file is not such a result.
@@ -35,7 +37,8 @@ def read_results(paths: Sequence[Path]) -> dict[int, dict[str, Any]]:
     for path in paths:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            sizes |= {figures["tokens"]: figures for figures in found["sizes"].values()}
+            for figures in found["sizes"].values():
+                sizes.setdefault(figures["tokens"], {}).update(figures)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is no result of `msa-memory eval needles`: {error!r}") from error
     return dict(sorted(sizes.items()))
@@ -66,7 +69,7 @@ def _draw(sizes: Mapping[int, Mapping[str, Any]], path: Path, measure: str, labe
             "drawing needs matplotlib; install it with pip install 'msa-memory[eval]'"
         ) from error
     matplotlib.rcParams["svg.hashsalt"] = "msa-memory"  # the same results give the same file
-    kinds = [name for name in next(iter(sizes.values())) if name != "tokens"]
+    kinds = list(dict.fromkeys(kind for figures in sizes.values() for kind in figures if kind != "tokens"))
     figure = Figure(figsize=(3.2 * len(kinds) + 0.6, 3.4), layout="constrained")
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for panel, kind in zip(panels, kinds, strict=True):
@@ -77,7 +80,8 @@ def _draw(sizes: Mapping[int, Mapping[str, Any]], path: Path, measure: str, labe
         panel.grid(axis="y", alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel(label)
-    panels[-1].legend(frameon=False, fontsize="small")
+    fullest = max(panels, key=lambda panel: len(panel.get_legend_handles_labels()[1]))
+    fullest.legend(frameon=False, fontsize="small")
     metadata = {"Date": None} if path.suffix == ".svg" else {}
     figure.savefig(path, dpi=120, metadata=metadata)
     return path

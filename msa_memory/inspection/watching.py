@@ -147,8 +147,8 @@ class Watching(Asking):
             resident_bytes=self.bank.bank.nbytes(),
         )
 
-    def _route(self, view: BankView, evidence: str = "") -> Routing:
-        routing = super()._route(view, evidence)
+    def _route(self, view: BankView, evidence: str = "") -> Generator[None, None, Routing]:
+        routing = yield from super()._route(view, evidence)
         if not evidence:  # the first round, or the first again after a change of the memory
             self._seen.clear()
         words = routing.words if routing.lexical_weight else None
@@ -174,7 +174,14 @@ class Watching(Asking):
         scores = np.stack([row.scores[layer] for layer in self.engine.msa.router_layers])
         view = self._interleaving.view
         self._seen.append(
-            _Seen(view, scores, dict(row.selections), dict(row.queries), None, scores.mean(axis=0))
+            _Seen(
+                view,
+                scores,
+                dict(row.selections),
+                dict(row.queries),
+                None,
+                self.engine.msa.mean_of_layers(scores),
+            )
         )
 
     def _picture(self, seen: _Seen, read: Iterable[int]) -> RoutingPicture:
@@ -216,7 +223,7 @@ class Watching(Asking):
             chosen=tuple(
                 layer in seen.selections and number in seen.selections[layer].numbers for layer in layers
             ),
-            mean=float(seen.scores[:, place].mean()),
+            mean=float(self.engine.msa.mean_of_layers(seen.scores[:, place])),
             words=None if seen.words is None else float(seen.words[place]),
             relevance=float(seen.relevance[place]),
         )

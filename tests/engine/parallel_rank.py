@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from msa_memory.engine.config import MSAConfig
 from msa_memory.engine.context import Feed, advance
 from msa_memory.engine.engine import Engine, load_engine
 from msa_memory.engine.interleave import InterleaveOptions
 from msa_memory.engine.parallel import Cluster, ParallelMemory, Shard, ShardedBank, join
 from msa_memory.engine.sampling import SamplingOptions
+from msa_memory.engine.states import PassageStates
 from msa_memory.errors import EngineError, RankLostError
 
 TEXTS = {
@@ -47,6 +49,7 @@ TEXTS = {
 }
 QUESTIONS = ["Where does Cleo the pilot live?", "Who owns nine boats?", "How many goats are there?"]
 TIMEOUT_S = 400.0
+COUNT = 6000
 SHORT = SamplingOptions(max_new_tokens=6)
 
 
@@ -155,8 +158,71 @@ def keys_only(cluster: Cluster, engine: Engine) -> dict[str, Any]:
     }
 
 
+WIDE = MSAConfig(router_layers=(0, 1, 2, 3, 4, 5), top_k=16)
+
+
+def wide_states(count: int) -> dict[int, PassageStates]:
+    """Routing keys of many passages on six layers, more than a rank takes without its 8-bit copies.
+
+    The layers agree more or less, as those of a model do, or a skim would see nothing.
+    """
+    keys = alike_on_layers(3 * count, 2, 32, seed=1)
+    return {n: PassageStates(keys[:, :0], keys[:, :0], k) for n, k in enumerate(keys.split(3, 1))}
+
+
+def wide_queries() -> list[torch.Tensor]:
+    return list(alike_on_layers(4, 4, 32, seed=2))
+
+
+def alike_on_layers(*shape: int, seed: int) -> torch.Tensor:
+    random = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(shape, generator=random) + 0.1 * torch.randn(6, *shape, generator=random)
+    return torch.nn.functional.normalize(drawn, dim=-1)
+
+
+def wide_bonus(count: int) -> np.ndarray[Any, Any]:
+    """Words of every seventh passage."""
+    return np.where(np.arange(count) % 7 == 0, 0.05, 0.0).astype(np.float32)
+
+
+def wide(cluster: Cluster, engine: Engine) -> dict[str, Any]:
+    """Banks whose ranks score on 8-bit keys, and skim: what the leader learns, and how much is sent."""
+    cluster.attach(Shard(cluster))
+    states = wide_states(COUNT)
+    seen: dict[str, Any] = {}
+    for name, skim_from in (("whole", None), ("skimmed", 3 * COUNT)):
+        bank = ShardedBank(cluster, WIDE, states.__getitem__)
+        bank.skim_from = skim_from
+        for number in [*range(0, COUNT, 3), *range(COUNT - 1, 0, -1)]:  # in no order that anything counts on
+            if number not in bank:
+                bank.add(number, states[number].router_keys)
+        view = bank.view(np.arange(1, COUNT))
+        bonus = np.zeros(COUNT, dtype=np.float32)
+        bonus[:] = wide_bonus(COUNT)[view.numbers]
+        before = cluster.exchanges
+        scores = view.skim(wide_queries(), bonus, best=16)
+        exchanges = cluster.exchanges - before
+        mean = WIDE.mean_of_layers(scores) + bonus
+        more = WIDE.mean_of_layers(view.settle(scores, wide_queries(), bonus, 700)) + bonus
+        one = view.score(2, wide_queries()[2], best=16)
+        seen[name] = {
+            "exchanges": exchanges,
+            "layers": [chosen(view, layer, 16) for layer in scores],
+            "relevant": chosen(view, mean, 128),
+            "more": chosen(view, more, 700),
+            "one": chosen(view, one, 16),
+            "all": chosen(view, view.score(2, wide_queries()[2]), COUNT),
+        }
+    return seen
+
+
+def chosen(view: Any, scores: Any, count: int) -> list[Any]:
+    found = view.select(scores, count)
+    return [list(found.numbers), list(found.scores)]
+
+
 def everything(cluster: Cluster, engine: Engine) -> dict[str, Any]:
-    return {scenario.__name__: scenario(cluster, engine) for scenario in (tell, fail, keys_only)}
+    return {scenario.__name__: scenario(cluster, engine) for scenario in (tell, fail, keys_only, wide)}
 
 
 SCENARIOS = {"everything": everything, "tell": tell, "lose": lose}

@@ -184,7 +184,7 @@ class TestQuantized:
         fresh[:, : kept.shape[1]] = kept
         for slot, copy in home.quantized.items():
             other = QuantizedKeys.of(fresh[slot])
-            assert torch.equal(copy.packed.to_dense(), other.packed.to_dense())
+            assert torch.equal(copy.levels.to_dense(), other.pack().levels.to_dense())
             assert torch.equal(copy.scales, other.scales)
 
     def test_a_block_that_takes_passages_again_has_no_copy_without_them(self) -> None:
@@ -292,9 +292,9 @@ class TestSkim:
             skims: list[int] = []
             skim = BankView.skim
 
-            def counted(view: BankView, *given: Any) -> Any:
+            def counted(view: BankView, *given: Any, **options: Any) -> Any:
                 skims.append(len(view))
-                return skim(view, *given)
+                return skim(view, *given, **options)
 
             monkeypatch.setattr(BankView, "skim", counted)
             memory._bank().bank.skim_from = 1

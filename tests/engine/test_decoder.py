@@ -3,7 +3,6 @@
 Each test saves a tiny random transformers model and opens the folder with the engine's own reader.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,6 @@ from msa_memory.errors import CheckpointError
 VOCAB = 173
 TOLERANCE = 1e-4
 LIMIT = 64  # max_position_embeddings: prompts here are longer than what scaled ropes were trained on
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def reference(family: str, **options: Any) -> Any:

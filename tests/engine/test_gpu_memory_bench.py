@@ -1,4 +1,4 @@
-"""The benchmark of a large memory on a GPU runs on a CPU at a toy size, finds its needles and goes on."""
+"""The benchmarks of memories on a GPU run on a CPU at toy sizes, find their needles and answer alike."""
 
 import json
 import os
@@ -11,11 +11,12 @@ import pytest
 pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "bench_gpu_memory.py"
+SERVING = SCRIPT.with_name("bench_gpu_serving.py")
 UNFINISHED = 3
 
 
-def run(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", str(SCRIPT), "--device", "cpu", "--tiny", *options]
+def run(*options: str, script: Path = SCRIPT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", str(script), "--device", "cpu", "--tiny", *options]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
@@ -40,3 +41,15 @@ def test_a_memory_is_built_in_steps_and_finds_its_needles(tmp_path: Path) -> Non
     assert shards[-1].read_bytes() == kept
     for name in ("asked", "found_first", "found_in_8", "answered"):
         assert json.loads(again.stdout)["needles"][name] == told["needles"][name]
+
+
+@pytest.mark.slow
+def test_a_memory_answers_on_both_ways_alike() -> None:
+    done = run(script=SERVING)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["same_texts"] == told["same_first_sources"] == told["questions"]
+    assert told["device"]["fed_without_a_slot"] == 0
+    assert told["ratios"].keys() == {
+        "added_per_s", "alone_tokens_per_s", "together_tokens_per_s", "searches_per_s"
+    }  # fmt: skip

@@ -25,7 +25,9 @@ pytest.importorskip("triton")
 from msa_memory.engine import kernels, ops
 from msa_memory.engine.bank import MemoryBank
 from msa_memory.engine.config import MSAConfig
+from msa_memory.engine.device_bank import DeviceBank, SharedRouting
 from msa_memory.engine.kernels import decoding, documents, pooling, ranking, routing
+from msa_memory.engine.states import PassageStates
 from msa_memory.errors import EngineError
 
 F32, F16, BF16, I8, F8 = torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn
@@ -319,15 +321,17 @@ def test_routing_agrees_with_the_bank(run: Run) -> None:
 def test_the_bank_and_the_torch_functions_hand_over_to_the_kernels(interpreter: ProcessPoolExecutor) -> None:
     """Where Triton interprets kernels they are used, so the engine's own calls reach them without a GPU."""
     msa = MSAConfig(router_layers=(1, 2), top_k=3)
-    bank = MemoryBank(msa, fetch=int)
+    states: dict[int, PassageStates] = {}
+    plain, device = MemoryBank(msa, int), DeviceBank(msa, states.__getitem__, device="cpu")
     for number, chunks in enumerate([3, 1, 5, 2]):
-        bank.add(number, ops.normalize_heads(draw(2, chunks, 2, 16, seed=number)))
-    view, [query] = bank.view(np.array([0, 2, 3])), questions(4)
-    found = interpreter.submit(view.score, 1, query).result()
-    np.testing.assert_allclose(found, view.score(1, query), atol=2e-6)
-    assert found[1] == -np.inf
-    empty = bank.view(np.array([], dtype=np.int64))
-    assert interpreter.submit(empty.score, 1, query).result().shape == (0,)
+        keys = ops.normalize_heads(draw(2, chunks, 2, 16, seed=number))
+        states[number] = PassageStates(keys.transpose(1, 2), keys.transpose(1, 2), keys)
+        plain.add(number, keys), device.add(number, keys)
+    shown, [query] = np.array([0, 2, 3]), questions(4)
+    routing_there = SharedRouting([device.view(shown), device.view(shown[:0])], [3, 3])
+    found = interpreter.submit(routing_there, 1, [query, query]).result()
+    np.testing.assert_allclose(found.scores[0], plain.view(shown).score(1, query), atol=2e-6)
+    assert found.numbers[1].tolist() == [-1, -1, -1]
 
     packed = draw(30, 4, 16), draw(30, 2, 16, seed=1), draw(30, 2, 16, seed=2)
     arguments = (*packed, [10, 20], 0.3)

@@ -198,10 +198,36 @@ def test_routing_keys_alone_may_live_on_the_ranks(two_ranks: dict[str, Any], eng
     assert told["bytes"] > 0
 
 
+@pytest.mark.parametrize("way", ["whole", "skimmed"])
+def test_ranks_that_score_roughly_tell_the_leader_what_is_exact(two_ranks: dict[str, Any], way: str) -> None:
+    """Of 6,000 passages on 8-bit keys: all that is chosen, and its scores, are those of one exact bank."""
+    rank, told = rank_module(), two_ranks["wide"][way]
+    bank = MemoryBank(rank["WIDE"], int, exact=True)
+    for number, states in rank["wide_states"](rank["COUNT"]).items():
+        bank.add(number, states.router_keys)
+    view, queries = bank.view(np.arange(1, rank["COUNT"])), rank["wide_queries"]()
+    exact = np.stack([view.score(slot, query) for slot, query in enumerate(queries)])
+    relevance = exact.mean(0) + rank["wide_bonus"](rank["COUNT"])[view.numbers]
+    assert told["exchanges"] == 1
+    for found, scores, count in (
+        (told["relevant"], relevance, 128),
+        *([(told["more"], relevance, 700)] if way == "whole" else []),
+        (told["one"], exact[2], 16),
+        (told["all"], exact[2], rank["COUNT"]),
+        *((layer, exact[slot], 16) for slot, layer in enumerate(told["layers"]) if way == "whole"),
+    ):
+        best = view.select(scores, count)
+        assert found[0] == list(best.numbers)
+        assert found[1] == pytest.approx(list(best.scores), abs=1e-6)
+    # Beyond 512 a skim chooses by what it saw first; the scores are exact all the same.
+    places = np.searchsorted(view.numbers, told["more"][0])
+    assert told["more"][1] == pytest.approx(relevance[places].tolist(), abs=1e-6)
+
+
 @contextmanager
-def losing(ranks: int) -> Iterator[list[subprocess.Popen[str]]]:
+def losing(ranks: int, *more: str) -> Iterator[list[subprocess.Popen[str]]]:
     """Ranks whose leader has answered once and waits for a line before it asks again."""
-    processes = start(ranks, "lose")
+    processes = start(ranks, "lose", *more)
     try:
         assert processes[0].stdout is not None
         assert json.loads(processes[0].stdout.readline()) == {"ready": ranks}
@@ -227,6 +253,37 @@ def test_a_killed_rank_is_named() -> None:
         errors = third.communicate(timeout=WITHIN_S)[1]
         assert third.returncode == 1  # its leader is gone
         assert "RankLostError" in errors
+
+
+def test_a_rank_that_hangs_is_named_in_bounded_time() -> None:
+    """Stopped, not dead: its connections stay open, and the time that a request may take tells."""
+    timeout_s = 15.0
+    with losing(3, str(timeout_s)) as (leader, second, third):
+        second.send_signal(signal.SIGSTOP)
+        output, errors = leader.communicate("go on\n", timeout=WITHIN_S)
+        assert leader.returncode == 0, errors
+        told = json.loads(output)
+        first, again = told["errors"]
+        assert "rank 1 of 3 was lost while" in first
+        assert f"timeout {timeout_s:g} s" in first
+        assert again == first
+        assert timeout_s / 2 < told["seconds"] < 6 * timeout_s
+        errors = third.communicate(timeout=WITHIN_S)[1]
+        assert "RankLostError" in errors
+
+
+def test_a_memory_without_ranks_imports_nothing_of_them() -> None:
+    code = (
+        "import sys\nfrom msa_memory.testing import open_memory\n"
+        "with open_memory() as memory:\n"
+        "    memory.add('Ann keeps a boat.')\n"
+        "    assert memory.search('boat')\n"
+        "assert 'msa_memory.engine.parallel' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=WITHIN_S
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_ranks_end_when_their_leader_is_killed() -> None:

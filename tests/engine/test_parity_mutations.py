@@ -6,7 +6,7 @@ one of the three fixtures.
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,14 +38,6 @@ def load_parity() -> ModuleType:
 
 parity = load_parity()
 FIXTURES = [parity.Fixture.read(parity.COPIES / name) for name in ("tiny_a", "tiny_c", "tiny_d")]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def positions_start_at_k(patch: Patch) -> None:

@@ -4,7 +4,7 @@ Operations are compared with plain float64 versions written here from their defi
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,14 +32,6 @@ HEAD = (5, 6, 7)
 few = settings(max_examples=20)
 
 seeds = st.integers(0, 2**31 - 1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # these tensors are too small to share
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(seed: int = 0, **options: Any) -> Decoder:

@@ -3,6 +3,7 @@
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -127,14 +128,21 @@ def test_decoding_goes_on_beside_a_long_prompt(engine: Engine) -> None:
     whole = advance(engine.decoder, [Feed(engine.start(None), ids)])[0]
     batch = Batch(engine.decoder, prompt_tokens=16)
     row = generation(engine, PROMPTS[0], 6)
-    prompt, decoding = batch.feed(Feed(engine.start(None), ids)), batch.decode(row)
+    found: list[Tensor] = []
+
+    def reading() -> Iterator[None]:
+        found.append((yield from batch.feed(Feed(engine.start(None), ids))))
+
+    prompt, decoding = reading(), batch.decode(row)
     rounds = 0
     next(prompt)
     for _ in decoding:
         rounds += 1
         assert len(row.ids) >= rounds
-        next(prompt)
-    logits = drain(prompt)
+        assert not found
+        next(prompt, None)
+    list(prompt)
+    [logits] = found
     assert rounds == 6
     torch.testing.assert_close(logits, whole, atol=1e-4, rtol=0)
 
@@ -213,19 +221,83 @@ def test_whoever_leaves_is_not_computed_any_more(engine: Engine, monkeypatch: py
 
 
 def test_questions_to_a_memory_share_their_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
+    passes: list[tuple[str, int]] = []
     forward = Batch._forward
 
     def counting(batch: Batch, feeds: Sequence[Feed], way: Any) -> Any:
-        sizes.append(len(feeds))
+        passes.append((way, len(feeds)))
         return forward(batch, feeds, way)
 
     monkeypatch.setattr(Batch, "_forward", counting)
     with open_memory() as memory:
         memory.add_many(TEXTS)
-        alone = [memory.query(prompt, max_new_tokens=5).text for prompt in PROMPTS[:3]]
-        assert set(sizes) == {1}
-        sizes.clear()
+        alone = [memory.query(prompt, max_new_tokens=5) for prompt in PROMPTS[:3]]
+        assert {size for _, size in passes} == {1}
+        passes.clear()
+        memory.query_many(PROMPTS[:3], max_new_tokens=5)
+        assert {way for way, size in passes if size == 3} == {"step"}, "on a CPU prompts keep their bits"
+        passes.clear()
+        memory._engine().batch.shares_prompts = True
         answers = memory.query_many(PROMPTS[:3], max_new_tokens=5)
-    assert [answer.text for answer in answers] == alone
-    assert max(sizes) == 3
+    assert [answer.text for answer in answers] == [answer.text for answer in alone]
+    for answer, single in zip(answers, alone, strict=True):
+        assert [source.id for source in answer.sources] == [source.id for source in single.sources]
+        scores = [source.score for source in single.sources]
+        assert [source.score for source in answer.sources] == pytest.approx(scores, abs=1e-6)
+    assert {way: size for way, size in passes if size == 3}.keys() == {"route", "advance", "step"}
+
+
+def test_weights_are_prepared_for_decoding_at_the_first_answer() -> None:
+    with open_memory() as memory:
+        memory.add_many(TEXTS)
+        memory.search(PROMPTS[0])
+        engine = memory._engine()
+        assert "stepper" not in vars(engine)
+        memory.query(PROMPTS[0], max_new_tokens=3)
+        assert engine.batch.stepper is engine.stepper
+
+
+def test_a_prompt_alone_is_read_as_a_whole_and_beside_others_in_turn(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asked first is done first; one alone has the bits of a single pass."""
+    ids = engine.prompt.reading("evidence " * 60, "Where?")
+    batch = Batch(engine.decoder, prompt_tokens=16)
+    expected = advance(engine.decoder, [Feed(engine.start(None), ids)])[0]
+    assert torch.equal(drain(batch.feed(Feed(engine.start(None), ids))), expected)
+    assert batch.passes == 1
+    order: list[int] = []
+
+    def job(index: int) -> Iterator[None]:
+        logits = yield from batch.feed(Feed(engine.start(None), ids))
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+        order.append(index)
+
+    together([job(index) for index in range(3)])
+    assert order == [0, 1, 2]
+
+
+def test_prompts_with_memory_are_read_together_as_alone(
+    engine: Engine, view: BankView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The generator twins of route, read and chat: what each gives alone, in fewer passes."""
+    monkeypatch.setattr(engine.batch, "shares_prompts", True)
+    options = SamplingOptions(max_new_tokens=4)
+
+    def job(prompt: str) -> Generator[None, None, tuple[Any, Generation, Generation]]:
+        routing = yield from engine.route_steps(prompt, view)
+        ids = engine.prompt.reading("Note 1.", prompt)
+        read = yield from engine.read_steps(view, routing.selections, ids, options)
+        chat = yield from engine.chat_steps(engine.tokenizer.encode(prompt), options)
+        return routing, read, chat
+
+    def collected(prompt: str) -> Iterator[None]:
+        found[prompt] = yield from job(prompt)
+
+    alone = {prompt: drain(job(prompt)) for prompt in PROMPTS}
+    before, found = engine.batch.passes, {}
+    together([collected(prompt) for prompt in PROMPTS])
+    assert engine.batch.passes - before < 3 * len(PROMPTS)
+    for prompt, (routing, *generations) in alone.items():
+        np.testing.assert_allclose(found[prompt][0].scores, routing.scores, atol=1e-5)
+        assert [g.ids for g in found[prompt][1:]] == [g.ids for g in generations]

@@ -131,6 +131,31 @@ def test_what_is_removed_leaves_no_trace(tmp_path: Path) -> None:
     assert not (tmp_path / "keys.bin").read_bytes()[: LENGTHS[3] * GROUPS * DIM * 4].strip(b"\0")
 
 
+@settings(max_examples=30)
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 9)), min_size=1, max_size=30), st.integers(1, 8))
+def test_a_tier_that_makes_room_holds_everything(story: list[tuple[int, int]], rows: int) -> None:
+    """Passages come (with so many chunks) and go (with none), in a tier that starts small."""
+    tier = StateTier(LAYERS, GROUPS, DIM, rows, dtype=torch.float32, device="cpu")
+    held: dict[int, int] = {}
+    for number, chunks in story:
+        tier.remove([number])
+        held.pop(number, None)
+        if chunks:
+            tier.make_room(chunks)
+            tier.add(number, passage(number, chunks))
+            held[number] = chunks
+        assert [tier.chunks(n) for n in range(13)] == [held.get(n, 0) for n in range(13)]
+    wanted = [*held, *[-1] * (13 - len(held))]
+    check(fetched(tier, 1, torch.tensor([wanted])), 1, [list(held)], held)
+
+
+def test_files_do_not_grow(tmp_path: Path) -> None:
+    tier = filled({1: 2}, tmp_path)
+    tier.make_room(0)
+    with pytest.raises(EngineError, match="mapped tier holds 2 of 2 chunks"):
+        tier.make_room(1)
+
+
 def test_a_full_tier_says_so_and_keeps_what_it_has() -> None:
     tier = filled({1: 2})
     with pytest.raises(EngineError, match="holds 2 of 2 chunks and cannot take 1"):

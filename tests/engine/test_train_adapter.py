@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import fields
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -60,14 +59,6 @@ TOWNS = (
 CRAFTS = "baker tailor smith potter weaver cooper miller joiner mason glazier".split()
 PETS = "cat dog goose horse donkey raven ferret rabbit".split()
 FILLER = "The road to the market was long and the wind came from the hills over the old stone bridge. "
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -317,6 +308,22 @@ class TestMixture:
             assert (answer in remembered) or kind in ("text", "injected")
             assert told == (kind == "injected")
             assert bool(evidence) == (kind != "memory")
+
+    def test_remembering_is_practised_as_much_as_asked(self, engine: Engine, exercises: Exercises) -> None:
+        stream, kinds = mixture(engine, exercises, recall_rows=0.5, alone_rows=1.0), Counter[str]()
+        for number in range(200):
+            row = stream.row(number)
+            kinds[row.branches[0].kind] += 1
+            for branch in row.branches:
+                if branch.kind == "repeat":
+                    evidence, question, answer = read_back(engine, row, branch)
+                    remembered = engine.tokenizer.decode(row.documents[0])
+                    assert (evidence, question) == ("", "Repeat the memory.")
+                    assert answer.split()
+                    assert answer.split() == remembered.split()[-len(answer.split()) :]
+                    assert (len(row.documents), row.borrows) == (1, 0)
+        assert 30 <= kinds["repeat"] <= 70
+        assert 40 <= kinds["memory"] <= 100
 
     def test_an_entry_is_what_inference_shows(self) -> None:
         for title, stated in (("A title", False), ("A title", True), (None, True), (None, False)):

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,14 +32,6 @@ from msa_memory.memory import MemoryModel
 from msa_memory.testing import tiny_model
 
 TOWNS = "Aldham Barrow Corby Derwent Eastry Farley Goring Harlow Ilford Jarrow Kendal Ludlow".split()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ Golden values for one layout are in tests/test_reference_parity.py; here any len
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -31,14 +30,6 @@ MODES: list[dict[str, Any]] = [
     {"query_reduce": "last", "router_chunk": 3},
     {"aux_loss_method": "BCE", "router_normalize": False},
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(**options: Any) -> Decoder:

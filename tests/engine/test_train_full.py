@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,6 @@ from msa_memory.memory import MemoryModel
 from msa_memory.testing import tiny_model
 
 TOWNS = "Aldham Barrow Corby Derwent Eastry Farley Goring Harlow Ilford Jarrow Kendal Ludlow".split()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def fresh() -> Engine:

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,14 +50,6 @@ WORDS = (
     "island jacket kettle ladder marble needle orchard pepper quarry ribbon saddle tunnel umbrella valley "
     "window yarrow zephyr basket candle dagger engine feather goblet hollow insect jungle"
 ).split()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,15 @@ import ctypes
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from msa_memory.errors import StateDamagedError
 from msa_memory.persistence import Store, disk
 from msa_memory.persistence.folder import LOCK, SEAL
 
@@ -308,14 +310,28 @@ def contents(store: Store) -> object:
     return documents, states
 
 
+def copied(store: Store, numbers: Iterable[int]) -> dict[str, bytes]:
+    """The sections of a sheet of these passages."""
+    records = store.records(numbers)
+    return {"keys": b"".join(bytes(store.states(records[number])["keys"].data) for number in numbers)}
+
+
+def shelve(store: Store) -> None:
+    """Keep a sheet, which is nothing that was acknowledged."""
+    numbers = [record.number for record in store.changes(0).added][:8]
+    assert store.keep_sheet(numbers, copied(store, numbers)) is not None
+
+
 def workload(store: Store, new: Callable[..., Any]) -> Iterator[None]:
     """One of everything; yields when something was acknowledged."""
     store.add([new(store, "a", "text of a", parts=2)])
     yield
     store.add([new(store, f"many{i}", f"text {i} " * 200, metadata={"i": i}) for i in range(6)])
     yield
+    shelve(store)
     store.replace(new(store, "a", "another text of a", parts=3))
     yield
+    shelve(store)
     store.update_metadata("default", "many1", {"i": 10})
     yield
     store.forget("default", ids=["many2", "old0"])
@@ -347,7 +363,7 @@ def recording(folder, new, monkeypatch) -> tuple[Path, list[Operation], object]:
         for _ in workload(store, new):
             recorder.operations.append(Operation("acknowledged", expected=contents(store)))
     kinds = {operation.kind for operation in recorder.operations}
-    assert kinds >= {"create", "write", "truncate", "sync", "sync_folder", "unlink", "acknowledged"}
+    assert kinds >= {"create", "write", "truncate", "sync", "sync_folder", "unlink", "rename", "acknowledged"}
     written = {Path(operation.path).name for operation in recorder.operations if operation.kind == "write"}
     assert {"catalog.sqlite3", "catalog.sqlite3-wal", "commit"} <= written
     return before, recorder.operations, first
@@ -366,6 +382,9 @@ def check(files: dict[str, bytes], folder: Path, allowed: list[object], new: Cal
         assert found in allowed
         problems = [problem for problem in store.verify() if "commit counter" not in problem]
         assert problems == []
+        for pages in store.load().sheets:
+            with suppress(StateDamagedError):
+                assert {name: pages.section(name) for name in pages.names} == copied(store, pages.numbers)
         store.add([new(store, "after")])
         assert store.verify() == ()
     with Store.open(folder) as store:
