@@ -97,11 +97,11 @@ train-default: setup ## make the default model's files; call it again while it e
 
 # The GPU targets never touch .venv, which holds a CPU build: they use the machine's own PyTorch.
 gpu-check: cuda ## run the tests that need a CUDA device; fails where there is none
-	@$(GPU_PYTHON) -P -m pytest -m gpu
+	@timeout 590 $(GPU_PYTHON) -P -m pytest -m gpu
 
 gpu-bench: cuda ## run every benchmark with --device cuda
 	@set -e; for script in benchmarks/bench_*.py; do \
-		echo "gpu-bench: $$script"; $(GPU_PYTHON) "$$script" --device cuda $(BENCH_FLAGS); done
+		echo "gpu-bench: $$script"; timeout 590 $(GPU_PYTHON) "$$script" --device cuda $(BENCH_FLAGS); done
 
 cuda:
 	@$(GPU_PYTHON) -P -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \

@@ -80,8 +80,8 @@ class Batch:
     """The questions of one decoder that advance together.
 
     Answers are decoded with ``stepper``, or with what ``prepare`` makes when the first answer is; with the
-    decoder itself where there is neither. Without ``shares_prompts`` every prompt is one pass of its own, for
-    where products of other sizes are rounded otherwise and answers are to be the same bits as alone.
+    decoder itself where there is neither. Without ``shares_prompts`` only decoding is shared, and answers are
+    the same bits as alone also where products of other sizes are rounded otherwise.
     """
 
     decoder: Decoder
@@ -152,8 +152,8 @@ class Batch:
 
         A prompt that nobody is waiting beside is fed as a whole.
         """
-        kin = self._kin(asking)
-        apart = asking.prompt and not self.shares_prompts
+        apart = asking.way != "step" and not self.shares_prompts
+        kin = [asking] if apart else [t for t in self._waiting if t.way == asking.way and not t.done]
         alone = apart or all(ticket is asking or ticket.done for ticket in self._waiting)
         room = len(asking.feed.ids) if alone else self.prompt_tokens
         chosen: list[tuple[_Ticket, Feed]] = []
@@ -165,13 +165,6 @@ class Batch:
                 chosen.append((ticket, piece))
                 room -= len(piece.ids) if ticket.prompt else 0
         self._run(chosen, asking.way)
-
-    def _kin(self, asking: _Ticket) -> list[_Ticket]:
-        """Who may be fed along with the asking ticket, itself included, in the order of asking."""
-        if asking.prompt and not self.shares_prompts:
-            return [asking]
-        waiting = [ticket for ticket in self._waiting if ticket.way == asking.way and not ticket.done]
-        return waiting if self.shares_prompts else [ticket for ticket in waiting if not ticket.prompt]
 
     def _run(self, chosen: Sequence[tuple[_Ticket, Feed]], way: Way) -> None:
         """Run a pass; where it fails, each ticket alone, so that only the culprit fails."""
