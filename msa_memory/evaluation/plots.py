@@ -76,15 +76,22 @@ def _draw(sizes: Mapping[int, Mapping[str, Any]], path: Path, measure: str, labe
         for name, colour in COLOURS.items():
             _line(panel, name, colour, measure, [(n, one[kind]) for n, one in sizes.items() if kind in one])
         panel.set(title=kind.replace("_", " "), xscale="log", xlabel="tokens in memory")
-        panel.set_ylim(*((-0.03, 1.05) if measure == "accuracy" else (0, None)))
+        panel.set_xticks(list(sizes), [_short(size) for size in sizes])
+        panel.minorticks_off()
         panel.grid(axis="y", alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel(label)
+    panels[0].set_ylim(*((-0.03, 1.05) if measure == "accuracy" else (0, panels[0].get_ylim()[1])))
     fullest = max(panels, key=lambda panel: len(panel.get_legend_handles_labels()[1]))
     fullest.legend(frameon=False, fontsize="small")
     metadata = {"Date": None} if path.suffix == ".svg" else {}
     figure.savefig(path, dpi=120, metadata=metadata)
     return path
+
+
+def _short(tokens: int) -> str:
+    """16484 as 16K, 1049000 as 1M."""
+    return f"{tokens / 2**20:.0f}M" if tokens >= 0.95 * 2**20 else f"{tokens / 2**10:.0f}K"
 
 
 def _line(panel: Any, name: str, colour: str, measure: str, points: Points) -> None:
@@ -93,7 +100,16 @@ def _line(panel: Any, name: str, colour: str, measure: str, points: Points) -> N
     if not known:
         return
     at = [size for size, _ in known]
-    style = {"color": colour, "marker": MARKERS[name], "label": LABELS[name], "linewidth": 1.6}
+    ours = name == "memory"  # wider and beneath, to be seen where lines coincide
+    style = {
+        "color": colour,
+        "marker": MARKERS[name],
+        "label": LABELS[name],
+        "linewidth": 3.2 if ours else 1.4,
+        "markersize": 8 if ours else 4.5,
+        "linestyle": "-" if ours else "--",
+        "zorder": 2 if ours else 3,
+    }
     if measure == "seconds":
         panel.plot(at, [figure["p50"] for _, figure in known], **style)
         return
