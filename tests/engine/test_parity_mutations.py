@@ -90,11 +90,11 @@ def wrong_score_factor(patch: Patch) -> None:
 
 
 def tail_tokens_route(patch: Patch) -> None:
-    def every_token(feed: Any, device: torch.device) -> Tensor | None:
+    def every_token(feed: Any, part: slice) -> list[int]:
         routes = feed.routes is not None and any(feed.routes)
-        return torch.ones(len(feed.ids), dtype=torch.bool) if routes else None
+        return list(range(part.start, part.stop)) if routes else []
 
-    patch.setattr(context, "_mask", every_token)
+    patch.setattr(context, "_routing_at", every_token)
 
 
 def pooled_before_rope(patch: Patch) -> None:
@@ -117,14 +117,14 @@ def neighbouring_pairs_rotate(patch: Patch) -> None:
 
 
 def query_unrotated(patch: Patch) -> None:
-    original = context._ContextAttention._route
+    original = context._ContextAttention._ask
 
-    def unrotated(self: Any, msa: Any, row: Any, layer: int, slot: int, h: Tensor, q: Tensor) -> None:
+    def unrotated(self: Any, msa: Any, row: Any, layer: int, h: Tensor, q: Tensor) -> None:
         start = row.position - row.fed_tokens
         cos, sin = self.decoder.rope(torch.arange(start, start + len(q)), q.dtype)
-        original(self, msa, row, layer, slot, h, apply_rope(q, cos, -sin))
+        original(self, msa, row, layer, h, apply_rope(q, cos, -sin))
 
-    patch.setattr(context._ContextAttention, "_route", unrotated)
+    patch.setattr(context._ContextAttention, "_ask", unrotated)
 
 
 def remainder_divided_by_chunk(patch: Patch) -> None:
@@ -186,10 +186,10 @@ def max_head_order(patch: Patch) -> None:
 def selection_shared_across_layers(patch: Patch) -> None:
     original = context._ContextAttention._route
 
-    def shared(self: Any, msa: Any, row: Any, layer: int, *rest: Any) -> None:
-        original(self, msa, row, layer, *rest)
-        row.selections[layer] = row.selections[msa.router_layers[0]]
-        row._place(layer, self.slots[layer], row.selections[layer])
+    def shared(self: Any, row: Any, layer: int, slot: int) -> None:
+        original(self, row, layer, slot)
+        row.selections[layer] = row.selections[self.msa.router_layers[0]]
+        row._place(layer, slot, row.selections[layer])
 
     patch.setattr(context._ContextAttention, "_route", shared)
 
@@ -252,14 +252,12 @@ def chunks_weighted_by_length(patch: Patch) -> None:
 
 
 def decode_routes_again(patch: Patch) -> None:
-    original = context._mask
+    original = context._routing_at
 
-    def always(feed: Any, device: torch.device) -> Tensor | None:
-        if len(feed.ids) == 1:
-            return torch.ones(1, dtype=torch.bool)
-        return original(feed, device)
+    def always(feed: Any, part: slice) -> list[int]:
+        return [part.start] if len(feed.ids) == 1 else original(feed, part)
 
-    patch.setattr(context, "_mask", always)
+    patch.setattr(context, "_routing_at", always)
 
 
 def no_qk_norm(patch: Patch) -> None:
