@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from msa_memory.errors import ConfigError, MissingExtraError
+from msa_memory.evaluation.needles import KINDS
 
 __all__ = ["draw_needles", "read_results"]
 
@@ -69,7 +70,7 @@ def _draw(sizes: Mapping[int, Mapping[str, Any]], path: Path, measure: str, labe
             "drawing needs matplotlib; install it with pip install 'msa-memory[eval]'"
         ) from error
     matplotlib.rcParams["svg.hashsalt"] = "msa-memory"  # the same results give the same file
-    kinds = list(dict.fromkeys(kind for figures in sizes.values() for kind in figures if kind != "tokens"))
+    kinds = [kind for kind in KINDS if any(kind in figures for figures in sizes.values())]
     figure = Figure(figsize=(3.2 * len(kinds) + 0.6, 3.4), layout="constrained")
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for panel, kind in zip(panels, kinds, strict=True):
