@@ -49,6 +49,9 @@ from msa_memory.errors import ConfigError, ModelNotFoundError
 __all__ = ["DecodeWeights", "Engine", "Routing", "load_engine"]
 
 DecodeWeights = Literal["auto", "exact", "packed"]
+READ_WORDS, LATER_WORDS = 2.0, 3.0
+"""In a later round: what the words of question and evidence count beside the question's own, and how many
+times its usual weight the lexical score has. Chosen on two-hop questions whose passages the routers know."""
 ENCODED_TOKENS = 32_768
 """Of the passages that a GPU reads in one pass."""
 DEVICE_PROMPT_TOKENS = 8192
@@ -208,13 +211,18 @@ class Engine:
 
         Questions that run in turn share a pass; so do those of ``read_steps`` and ``chat_steps``.
 
-        With ``evidence`` the newest evidence routes along with the question, as in a later round;
-        ``turns_before`` is read before it and does not route. ``lexical_weight`` None is the model's own.
+        With ``evidence`` the newest evidence routes along with the question, as in a later round, and its
+        words count too: what it names is what the next passage is about. ``turns_before`` is read before the
+        question and does not route. ``lexical_weight`` None is the model's own.
         """
         weight = self.calibration.get("lexical_weight", 0.0) if lexical_weight is None else lexical_weight
         words = (
             view.score_words(question_terms(question)) if weight else np.zeros(len(view.numbers), np.float32)
         )
+        if evidence and weight:
+            read = view.score_words(question_terms(f"{question} {evidence}"))
+            words = (words + READ_WORDS * read) / np.float32(1 + READ_WORDS)
+            weight *= LATER_WORDS
         prompt = self.prompt
         ids, routes = (
             prompt.follow_up(evidence, question) if evidence else prompt.question(question, turns_before)

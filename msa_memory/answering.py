@@ -513,7 +513,7 @@ class Asking:
         k = self.options.k or self.config.k
         rounds = min(k, self._rounds(routing, k))
         for number in range(rounds):
-            share = k // rounds + (1 if number < k % rounds else 0)
+            share = 1 if number + 1 < rounds else k - len(recalled.hits)
             if number:
                 newest = self._fit(routing, recalled.hits[-1:], recalled.scores, budget, evidence_entry)[0]
                 routing = yield from self._route(view, evidence_text(newest))
