@@ -58,6 +58,16 @@ class LayerCache:
         part = slice(self.front - self.memory, self.front + self.length)
         return self.keys[:, part], self.values[:, part]
 
+    def own(self) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[G, length, D]`` of the own tokens alone."""
+        part = slice(self.front, self.front + self.length)
+        return self.keys[:, part], self.values[:, part]
+
+    def in_memory(self) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[G, memory, D]`` of the memory alone."""
+        part = slice(self.front - self.memory, self.front)
+        return self.keys[:, part], self.values[:, part]
+
     def truncate(self, length: int) -> None:
         """Forget own tokens from ``length`` on."""
         self.length = min(self.length, length)

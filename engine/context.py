@@ -25,6 +25,7 @@ from msa_memory.engine.config import MSAConfig
 from msa_memory.engine.decoder import Decoder
 from msa_memory.engine.device_bank import DeviceView, SharedRouting, as_selection
 from msa_memory.engine.states import HeadStates
+from msa_memory.engine.tiers import Fetching
 from msa_memory.engine.transfer import sent_numbers
 from msa_memory.errors import EngineError
 
@@ -128,15 +129,48 @@ class _ContextAttention:
                 shared.route(layer, slot, attach=self.attach)
         if layer == self.last:
             return None
-        outputs = [
-            self._attend(feed, layer, q[part], k[part], v[part])
+        for feed, part in zip(self.feeds, self.parts, strict=True):
+            feed.sequence.cache.layers[layer].append(k[part], v[part])
+        # What was chosen is on its way; meanwhile its rows attend to what is here.
+        coming = (
+            {id(row) for shared in self.shared for row in shared.coming(layer)} if slot is not None else ()
+        )
+        local = [
+            self._attend_locally(feed, layer, q[part])
+            if id(feed.sequence) in coming and not feed.bidirectional
+            else None
             for feed, part in zip(self.feeds, self.parts, strict=True)
+        ]
+        if coming:
+            for shared in self.shared:
+                shared.place(layer)
+        outputs = [
+            self._attend(feed, layer, q[part])
+            if here is None
+            else self._attend_memory(feed, layer, q[part], here)
+            for feed, part, here in zip(self.feeds, self.parts, local, strict=True)
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _attend(self, feed: Feed, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend_locally(self, feed: Feed, layer: int, q: Tensor) -> ops.Part:
+        """Attention over the template head and the row's own tokens, causal."""
+        keys, values = feed.sequence.cache.layers[layer].own()
+        visible = torch.ones(len(q), keys.shape[1], dtype=torch.bool, device=q.device)
+        return ops.attend_part(q, keys, values, self.scale, visible.tril(keys.shape[1] - len(q)))
+
+    def _attend_memory(self, feed: Feed, layer: int, q: Tensor, local: ops.Part) -> Tensor:
+        """Attention over the memory, joined with that over the rest."""
         cache = feed.sequence.cache.layers[layer]
-        cache.append(k, v)
+        keys, values = cache.in_memory()
+        filled = torch.arange(keys.shape[1], device=q.device)
+        visible = (
+            torch.ones_like(filled, dtype=torch.bool) if cache.unfilled is None else filled >= cache.unfilled
+        )
+        memory = ops.attend_part(q, keys, values, self.scale, visible[None])
+        return ops.merge_parts(local, memory).to(q.dtype)
+
+    def _attend(self, feed: Feed, layer: int, q: Tensor) -> Tensor:
+        cache = feed.sequence.cache.layers[layer]
         keys, values = cache.view()
         unseen = cache.unfilled
         if feed.bidirectional:
@@ -173,14 +207,25 @@ class _SharedRows:
         self.routing = SharedRouting(views, [row.top_k for row in rows])
         self.routed: dict[int, tuple[Routed, Tensor | None]] = {}
         """By layer, with the chunks ``[B]`` that the choices have."""
+        self.fetching: dict[int, Fetching] = {}
 
     def route(self, layer: int, slot: int, *, attach: bool) -> None:
-        """Score and choose on the device; with ``attach`` put what was chosen into the caches."""
+        """Score and choose on the device; with ``attach`` start to fetch what was chosen."""
         routed = self.routing(slot, [row.queries[layer] for row in self.rows])
-        chosen = self.routing.fetch(slot, routed.numbers) if attach else None
-        self.routed[layer] = routed, chosen.counts if chosen is not None else None
-        if chosen is None:
+        self.routed[layer] = routed, None
+        if attach:
+            self.fetching[layer] = self.routing.fetch(slot, routed.numbers)
+
+    def coming(self, layer: int) -> Rows[Sequence]:
+        """The rows whose choice on a layer is being fetched."""
+        return self.rows if layer in self.fetching else ()
+
+    def place(self, layer: int) -> None:
+        """Put what was chosen into the caches as soon as it is there; the host does not wait."""
+        if layer not in self.fetching:
             return
+        chosen = self.fetching.pop(layer).wait()
+        self.routed[layer] = self.routed[layer][0], chosen.counts
         room = chosen.keys.shape[1]
         places = torch.arange(room, device=chosen.keys.device)
         for index, row in enumerate(self.rows):

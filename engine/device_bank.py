@@ -22,7 +22,7 @@ from msa_memory.engine import kernels
 from msa_memory.engine.bank import BLOCK_CHUNKS, BankView, Fetch, MemoryBank, Numbers, Postings, Selection
 from msa_memory.engine.config import MSAConfig
 from msa_memory.engine.lexical import LexicalIndex
-from msa_memory.engine.tiers import Chosen, StateTier
+from msa_memory.engine.tiers import Fetching, StateTier
 from msa_memory.engine.transfer import sent, sent_numbers
 from msa_memory.errors import NotFoundError, StateDamagedError
 
@@ -330,11 +330,11 @@ class SharedRouting:
             return routed
         return replace(routed, numbers=routed.numbers.masked_fill(self._beyond, -1))
 
-    def fetch(self, slot: int, numbers: Tensor) -> Chosen:
-        """K/V of choices ``[B, k]`` (-1 for none), ascending by number; nobody waits for the device."""
+    def fetch(self, slot: int, numbers: Tensor) -> Fetching:
+        """Start fetching K/V of choices ``[B, k]`` (-1 for none), ascending by number; nobody waits."""
         if self.state.tier is None:
             raise NotFoundError("the keys and values of no passage here could be read; ask again")
-        return self.state.tier.fetch(slot, numbers.sort(1).values).wait()
+        return self.state.tier.fetch(slot, numbers.sort(1).values)
 
 
 def as_selection(numbers: Sequence[float], scores: Sequence[float]) -> Selection:

@@ -23,11 +23,9 @@ from msa_memory.engine.states import HeadStates
 from msa_memory.engine.tiers import Fetching, StateTier
 from msa_memory.errors import EngineError
 
-__all__ = ["DeviceMemory", "DeviceRows", "Prompt", "attend_part", "merge_parts"]
+__all__ = ["DeviceMemory", "DeviceRows", "Prompt"]
 
 Route = Callable[..., routing.Routed]
-Part = tuple[Tensor, Tensor]
-"""Attention over some of the keys: float32 ``[T, H, D]``, and the log of its weights' sum ``[T, H]``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +271,7 @@ class _PromptAttention:
         if fetching is not None:
             self._place(caches, fetching)
         merged = [
-            merge_parts(part, self._memory(span, caches, q))
+            ops.merge_parts(part, self._memory(span, caches, q))
             for part, span in zip(local, self.spans, strict=True)
         ]
         return torch.cat(merged).to(q.dtype)
@@ -311,7 +309,7 @@ class _PromptAttention:
         caches.memory_values[self.row_index, :room] = chosen.values.to(caches.memory_values.dtype)
         caches.counts[self.row_index] = chosen.counts
 
-    def _local(self, span: _Span, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Part:
+    def _local(self, span: _Span, layer: int, q: Tensor, k: Tensor, v: Tensor) -> ops.Part:
         """Attention over the template head and the row's own tokens."""
         caches, head = self.rows._layers[layer], self.rows.head
         caches.keys[span.prompt.row, :, span.own] = k[span.flat].transpose(0, 1)
@@ -320,13 +318,13 @@ class _PromptAttention:
         values = torch.cat((head.values[layer], caches.values[span.prompt.row, :, : span.own.stop]), 1)
         tokens = span.own.stop - span.own.start
         visible = torch.ones(tokens, keys.shape[1], dtype=torch.bool, device=q.device)
-        return attend_part(q[span.flat], keys, values, self.scale, visible.tril(keys.shape[1] - tokens))
+        return ops.attend_part(q[span.flat], keys, values, self.scale, visible.tril(keys.shape[1] - tokens))
 
-    def _memory(self, span: _Span, caches: _Layer, q: Tensor) -> Part:
+    def _memory(self, span: _Span, caches: _Layer, q: Tensor) -> ops.Part:
         row = span.prompt.row
         keys, values = caches.memory_keys[row].transpose(0, 1), caches.memory_values[row].transpose(0, 1)
         filled = torch.arange(keys.shape[1], device=q.device) < caches.counts[row]
-        return attend_part(q[span.flat], keys, values, self.scale, filled[None, :])
+        return ops.attend_part(q[span.flat], keys, values, self.scale, filled[None, :])
 
 
 class _StepAttention:
@@ -356,25 +354,3 @@ class _StepAttention:
             decoding.attend_decode if kernels.usable(q, q.shape[-1]) else decoding.attend_decode_reference
         )
         return attend(q, context, self.scale)
-
-
-def attend_part(query: Tensor, keys: Tensor, values: Tensor, scale: float, visible: Tensor) -> Part:
-    """Attention of ``[T, H, D]`` over some keys ``[G, S, D]``, to be merged with that over others.
-
-    ``visible`` bool ``[T or 1, S]``. A token that sees no key has weight zero in a merge.
-    """
-    tokens, heads, dim = query.shape
-    groups = keys.shape[0]
-    folded = query.float().view(tokens, groups, heads // groups, dim).permute(1, 2, 0, 3)  # [G, R, T, D]
-    logits = (folded @ keys.float()[:, None].transpose(2, 3)) * scale  # [G, R, T, S]
-    logits = logits.masked_fill(~visible, -torch.inf)
-    mass = logits.logsumexp(-1)
-    weights = (logits - mass.clamp(min=torch.finfo(torch.float32).min)[..., None]).exp()
-    out = weights @ values.float()[:, None]  # [G, R, T, D]
-    return out.permute(2, 0, 1, 3).reshape(tokens, heads, dim), mass.permute(2, 0, 1).reshape(tokens, heads)
-
-
-def merge_parts(one: Part, other: Part) -> Tensor:
-    """The attention ``[T, H, D]`` over the keys of both parts; at least one of them sees a key."""
-    mass = torch.logaddexp(one[1], other[1])
-    return one[0] * (one[1] - mass).exp()[..., None] + other[0] * (other[1] - mass).exp()[..., None]

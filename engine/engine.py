@@ -221,7 +221,7 @@ class Engine:
         )
         if evidence and weight:
             read = view.score_words(question_terms(f"{question} {evidence}"))
-            words = (words + READ_WORDS * read) / np.float32(1 + READ_WORDS)
+            words = ((words + READ_WORDS * read) / (1 + READ_WORDS)).astype(np.float32)
             weight *= LATER_WORDS
         prompt = self.prompt
         ids, routes = (

@@ -14,9 +14,12 @@ from torch import Tensor
 from msa_memory.engine import kernels
 
 __all__ = [
+    "Part",
     "attend",
     "attend_documents",
+    "attend_part",
     "fold_queries",
+    "merge_parts",
     "normalize_heads",
     "pool_chunks",
     "reduce_passages",
@@ -24,6 +27,9 @@ __all__ = [
     "score_chunks",
     "score_tiles",
 ]
+
+Part = tuple[Tensor, Tensor]
+"""Attention over some of the keys: float32 ``[T, H, D]``, and the log of its weights' sum ``[T, H]``."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -110,6 +116,28 @@ def pool_chunks(x: Tensor, chunk: int) -> Tensor:
 def normalize_heads(x: Tensor) -> Tensor:
     """Divide each head vector (last axis) by its L2 norm, floored at 1e-12."""
     return F.normalize(x, dim=-1, eps=1e-12)
+
+
+def attend_part(query: Tensor, keys: Tensor, values: Tensor, scale: float, visible: Tensor) -> Part:
+    """Attention of ``[T, H, D]`` over some keys ``[G, S, D]``, to be merged with that over others.
+
+    ``visible`` bool ``[T or 1, S]``. A token that sees no key has weight zero in a merge.
+    """
+    tokens, heads, dim = query.shape
+    groups = keys.shape[0]
+    folded = query.float().view(tokens, groups, heads // groups, dim).permute(1, 2, 0, 3)  # [G, R, T, D]
+    logits = (folded @ keys.float()[:, None].transpose(2, 3)) * scale  # [G, R, T, S]
+    logits = logits.masked_fill(~visible, -torch.inf)
+    mass = logits.logsumexp(-1)
+    weights = (logits - mass.clamp(min=torch.finfo(torch.float32).min)[..., None]).exp()
+    out = weights @ values.float()[:, None]  # [G, R, T, D]
+    return out.permute(2, 0, 1, 3).reshape(tokens, heads, dim), mass.permute(2, 0, 1).reshape(tokens, heads)
+
+
+def merge_parts(one: Part, other: Part) -> Tensor:
+    """The attention ``[T, H, D]`` over the keys of both parts; at least one of them sees a key."""
+    mass = torch.logaddexp(one[1], other[1])
+    return one[0] * (one[1] - mass).exp()[..., None] + other[0] * (other[1] - mass).exp()[..., None]
 
 
 def fold_queries(query: Tensor, kv_heads: int) -> Tensor:

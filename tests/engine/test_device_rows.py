@@ -8,9 +8,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from msa_memory.engine import ops
 from msa_memory.engine.bank import BankView
 from msa_memory.engine.context import Feed, advance
-from msa_memory.engine.device_rows import DeviceMemory, DeviceRows, Prompt, attend_part, merge_parts
+from msa_memory.engine.device_rows import DeviceMemory, DeviceRows, Prompt
 from msa_memory.engine.engine import Engine, load_engine
 from msa_memory.engine.graphs import Replay
 from msa_memory.engine.kernels.routing import KeyBlock, plan_routing
@@ -183,9 +184,9 @@ def test_parts_merge_to_the_whole() -> None:
     visible = torch.rand(5, 9) < 0.6
     visible[0, :4] = False  # one part without any key
     visible[:, 4] = True
-    whole = attend_part(query, keys, values, 0.3, visible)[0]
+    whole = ops.attend_part(query, keys, values, 0.3, visible)[0]
     parts = [
-        attend_part(query, keys[:, part], values[:, part], 0.3, visible[:, part])
+        ops.attend_part(query, keys[:, part], values[:, part], 0.3, visible[:, part])
         for part in (slice(0, 4), slice(4, 9))
     ]
-    torch.testing.assert_close(merge_parts(*parts), whole, atol=1e-6, rtol=0)
+    torch.testing.assert_close(ops.merge_parts(*parts), whole, atol=1e-6, rtol=0)

@@ -317,8 +317,8 @@ def injection_is_causal(patch: Patch) -> None:
     """The reference's quirk; the README calls this one array optional."""
     original = context._ContextAttention._attend
 
-    def causal(self: Any, feed: Any, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return original(self, context.Feed(feed.sequence, feed.ids, feed.routes), layer, q, k, v)
+    def causal(self: Any, feed: Any, layer: int, q: Tensor) -> Tensor:
+        return original(self, context.Feed(feed.sequence, feed.ids, feed.routes), layer, q)
 
     patch.setattr(context._ContextAttention, "_attend", causal)
 
