@@ -253,7 +253,8 @@ def _keep_some(data: RoutingData) -> tuple[RoutingData, RoutingData | None]:
     kept = data.of_passages(places)
     if len(kept.asked) < LEAST_QUESTIONS:
         return data, None
-    learned = [item for item, right in enumerate(data.gold) if not set(places) & set(right)]
+    out = set(places)
+    learned = [item for item, right in enumerate(data.gold) if not out & set(right)]
     return data.of_questions(learned), kept
 
 
