@@ -38,6 +38,8 @@ PULSE_S = 0.25
 """How often a rank says that it is alive; BEATS_MISSED in a row name it as the lost one."""
 BEATS_MISSED = 4
 _WORD = 8
+Group = dist.ProcessGroup | None
+"""None once the cluster was left."""
 Request = Mapping[str, Any]
 Serve = Callable[[Request, Tensor | None], Tensor]
 """(request, its payload) -> reply bytes, uint8 ``[n]``; run on every rank."""
@@ -60,10 +62,10 @@ class Cluster:
         self._lock = threading.RLock()
         limit = timedelta(seconds=timeout_s)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
-        self._host = dist.group.WORLD
-        self._control = dist.new_group(backend="gloo", timeout=IDLE)
+        self._host: Group = dist.group.WORLD
+        self._control: Group = dist.new_group(backend="gloo", timeout=IDLE)
         on_gpus = device.type == "cuda"
-        self._data = dist.new_group(backend="nccl", timeout=limit) if on_gpus else self._host
+        self._data: Group = dist.new_group(backend="nccl", timeout=limit) if on_gpus else self._host
         self._pulse = _Pulse(PrefixStore("pulse", store), rank, size)
 
     @property
@@ -94,6 +96,9 @@ class Cluster:
             self._pulse.stop()
             if self._lost is None:
                 dist.destroy_process_group()
+                # A group ends its threads with its last reference. Held until the interpreter goes, one of them
+                # may still have to drop a tensor, which aborts the process.
+                self._host = self._control = self._data = None
 
     @property
     def attached(self) -> bool:
