@@ -114,7 +114,7 @@ def ask(view: BankView, question: Tensor, best: int | None) -> list[tuple[int, .
 
 def skim(view: BankView, question: Tensor) -> set[int]:
     """The best passages by the mean over the layers, from a full pass over a few of them."""
-    return set(view.select(view.skim(list(question)).mean(0), BEST).numbers)
+    return set(view.select(view.skim(list(question), best=BEST).mean(0), BEST).numbers)
 
 
 def reference(keys: Tensor, query: Tensor, lengths: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ decoder's dtype; training computes with that very rounded weight, so what was tr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,9 +201,12 @@ class _LowRank(torch.autograd.Function):
 
 
 def attach(
-    decoder: Decoder, *, layers: Iterable[int], targets: tuple[str, ...], rank: int, alpha: float, seed: int
+    decoder: Decoder, targets: Mapping[int, Sequence[str]], *, rank: int, alpha: float, seed: int
 ) -> dict[str, LowRankLinear]:
     """Freeze the decoder and put trainable adapters on some linear layers, by module name.
+
+    Args:
+        targets: of every layer to adapt, which of its linear layers (``TARGETS``).
 
     Raises:
         ConfigError: a layer or target the model does not have, or a rank below 1.
@@ -213,8 +216,8 @@ def attach(
     if rank < 1:
         raise ConfigError(f"rank is {rank}; it must be at least 1")
     attached = {}
-    for layer in layers:
-        for target in targets:
+    for layer, names in targets.items():
+        for target in names:
             block = "self_attn" if target in TARGETS[:4] else "mlp"
             name = f"model.layers.{layer}.{block}.{target}"
             base = _linear(decoder, name)
@@ -230,23 +233,22 @@ def attach(
 
 @torch.no_grad()
 def continue_from(modules: dict[str, LowRankLinear], adapter: Adapter) -> None:
-    """Let attached modules start as an adapter that was trained before.
+    """Let attached modules start as an adapter that was trained before; those it lacks start anew.
 
     Raises:
-        ConfigError: it covers other layers, or has another rank or scale; nothing was changed then.
+        ConfigError: it covers further layers, or has another rank or scale; nothing was changed then.
     """
-    for name in sorted(modules.keys() ^ adapter.pairs.keys()):
-        side = "adapter" if name in modules else "recipe"
-        raise ConfigError(f"the {side} lacks {name!r}; go on with the layers and targets it was trained with")
-    for name, module in modules.items():
-        a, b = adapter.pairs[name]
+    for name in sorted(adapter.pairs.keys() - modules.keys()):
+        raise ConfigError(f"the recipe lacks {name!r}; go on with at least the layers it was trained with")
+    for name, (a, b) in adapter.pairs.items():
+        module = modules[name]
         if (a.shape, b.shape, adapter.scale) != (module.lora_a.shape, module.lora_b.shape, module.scale):
             raise ConfigError(
                 f"the adapter's {name!r} has rank {adapter.rank} and scale {adapter.scale:g}, the recipe "
                 f"asks for rank {len(module.lora_a)} and scale {module.scale:g}; they have to be the same"
             )
-    for name, module in modules.items():
-        a, b = adapter.pairs[name]
+    for name, (a, b) in adapter.pairs.items():
+        module = modules[name]
         module.lora_a.copy_(a)
         module.lora_b.copy_(b)
         module.refresh()

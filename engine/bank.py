@@ -28,7 +28,9 @@ from torch import Tensor
 from msa_memory.engine import ops
 from msa_memory.engine.config import MSAConfig
 from msa_memory.engine.lexical import LexicalIndex, bm25
+from msa_memory.engine.picked_keys import PickedKeys
 from msa_memory.engine.quantized import QuantizedKeys, QuantizedQuery, score_bfloat16, usable
+from msa_memory.engine.runs import RunMaxima
 from msa_memory.engine.sheets import Pages, Sheet
 from msa_memory.engine.states import PassageStates
 from msa_memory.errors import CheckpointError, NotFoundError, StateDamagedError
@@ -47,7 +49,7 @@ layers put first."""
 SKIM_FROM = 131_072
 """Chunks from which on a skim pays, where nobody decides otherwise."""
 SKIM_KEPT = 512
-"""Passages that a skim leaves for the exact scores of all layers."""
+"""Passages that a skim looks at on all layers."""
 SKIM_BELOW = 2.0
 """What the estimates of the others are lowered by: cosines differ by at most that."""
 SETTLED = 128
@@ -172,6 +174,8 @@ class _BlockView:
     used: int
     numbers: Numbers
     visible: NDArray[np.bool_]
+    edges: Numbers
+    """Every passage's first chunk, and their end."""
     quantized: dict[int, QuantizedKeys]
     full: bool
 
@@ -317,8 +321,10 @@ class MemoryBank:
                 views.append(_SheetView(sheet, torch.from_numpy(sheet.lengths), sheet.used, numbers, mask))
             else:
                 lengths = torch.tensor(home.lengths, device=self.device)
+                edges = np.cumsum([0, *home.lengths])
                 full = quantizes and home is not self._blocks[-1]
-                views.append(_BlockView(home.keys, lengths, home.used, numbers, mask, home.quantized, full))
+                copies = home.quantized
+                views.append(_BlockView(home.keys, lengths, home.used, numbers, mask, edges, copies, full))
         view = BankView(self.msa, views, self.fetch, self.lexical, self._exact_keys)
         chunks = sum(one.used for one in views)
         suited = self.msa.router_normalize and not self.exact and len(self.msa.router_layers) > SKIM_FIRST
@@ -457,7 +463,7 @@ class BankView:
         queries.
         """
         count = max(count, SETTLED)
-        if not any(block.full for block in self._blocks) or (self.skims and count <= SKIM_KEPT):
+        if not any(block.full for block in self._blocks) or (self.skims and count == SETTLED):
             return scores  # exact where it matters
         settled, done = scores.copy(), np.zeros(len(self.numbers), dtype=bool)
         while True:  # an exact score may be lower than it looked, and let another one in
@@ -470,11 +476,11 @@ class BankView:
 
     def _settle(self, scores: NDArray[np.float32], queries: Sequence[Tensor], chosen: Numbers) -> None:
         """Put the exact scores of these places in; what cannot be read scores -inf everywhere."""
-        for start in range(0, len(chosen), SETTLED):
-            part = chosen[start : start + SETTLED]
-            keys, lengths = self._gather(part, slice(None)), torch.from_numpy(self._lengths[part])
+        for start in range(0, len(chosen), SKIM_KEPT):
+            part = chosen[start : start + SKIM_KEPT]
+            picked, lengths = self._pick(part), torch.from_numpy(self._lengths[part])
             for slot, query in enumerate(queries):
-                scores[slot, part] = self._reduce(self._score_rows(keys[slot], query), lengths)
+                scores[slot, part] = self._reduce(self._score_rows(picked.layer(slot), query), lengths)
         scores[:, ~self.visible] = -np.inf
 
     def skim(
@@ -486,54 +492,85 @@ class BankView:
     ) -> NDArray[np.float32]:
         """Scores ``[L, P]`` of all layers, from a full pass over a few of them.
 
-        ``best``, how many each layer chooses, matters to banks whose scores come from other processes.
-        The 512 passages with the highest mean over those layers, plus ``bonus`` ``[P]``, get their exact
-        scores on every layer. The others keep that mean, lowered by 2 so that none comes before those 512.
-        Their choice depends on nothing but the visible passages' keys: there is no index to build, to keep
-        or to erase.
+        The 512 passages with the highest mean over those layers, plus ``bonus`` ``[P]``, are looked at on
+        every layer. What may be among the 128 most relevant of them, or among the ``best`` of a layer, gets
+        its exact scores on every layer. The others keep that first mean, lowered by 2 so that none comes
+        before those. The choice depends on nothing but the visible passages' keys: there is no index to
+        build, to keep or to erase.
         """
         rough = np.mean([self._score_first(slot, queries[slot]) for slot in self.skim_slots], axis=0)
-        chosen = _highest(rough + bonus, SKIM_KEPT)
         scores = np.repeat((rough - np.float32(SKIM_BELOW))[None], len(queries), axis=0)
-        self._settle(scores, queries, chosen)
+        kept = _highest(rough + bonus, SKIM_KEPT)
+        self._settle(scores, queries, self._second_look(queries, kept, bonus, best))
         return scores
+
+    def _second_look(
+        self,
+        queries: Sequence[Tensor],
+        kept: Numbers,
+        bonus: NDArray[np.float32] | float,
+        best: int | None,
+    ) -> Numbers:
+        """Which of the passages ``kept`` of a skim need exact scores; all of them where that is quickest."""
+        if len(kept) <= SETTLED:
+            return kept
+        scale = self.msa.score_scale(queries[0].shape[-1])
+        picked, passages = self._pick(kept), RunMaxima(self._lengths[kept])
+        scores = np.empty((len(queries), len(kept)), dtype=np.float32)
+        errors = np.empty(len(queries))
+        chunks = torch.empty(passages.total)
+        for slot, query in enumerate(queries):
+            asked = QuantizedQuery.of(query, self._groups, self.msa.query_reduce)
+            error = self._score_roughly(asked, picked.layer(slot), chunks, scale)
+            if error is None or self.msa.chunk_reduce == "mean":
+                return kept
+            errors[slot], scores[slot] = error, passages.of(chunks).numpy()
+        scores[:, ~self.visible[kept]] = -np.inf
+        shift = np.broadcast_to(np.asarray(bonus, dtype=np.float32), self.numbers.shape)[kept]
+        weights = self.msa.layer_weights or [1 / len(errors)] * len(errors)
+        margin = 2 * float(np.linalg.norm(errors * weights))  # layers err independently
+        needed = {*_highest(self.msa.mean_of_layers(scores) + shift, SETTLED, margin).tolist()}
+        for layer, error in zip(scores, errors.tolist(), strict=True):
+            needed.update(_highest(layer, best or 0, 2 * error).tolist())
+        return kept[sorted(needed)]
 
     def _score_block(self, place: int, slot: int, query: Tensor) -> NDArray[np.float32]:
         block = self._blocks[place]
-        return self._reduce(
-            self._score_rows(self._rows(place, slice(slot, slot + 1))[0], query), block.lengths
-        )
+        return self._reduce(self._score_rows(self._block_keys(place, slot), query), block.lengths)
 
-    def _gather(self, chosen: Numbers, slots: slice) -> Tensor:
-        """Exact keys ``[l, C, G, D]`` of the passages at these ascending places of ``numbers``."""
-        edges = np.searchsorted(chosen, self._firsts)
-        rows = [
-            self._rows(place, slots, chosen[edges[place] : edges[place + 1]] - self._firsts[place])
-            for place in np.flatnonzero(np.diff(edges)).tolist()
-        ]
-        return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
-
-    def _rows(self, place: int, slots: slice, inside: Numbers | None = None) -> Tensor:
-        """Exact keys ``[l, C, G, D]`` of all passages of a block, or of those ``inside``.
+    def _pick(self, chosen: Numbers) -> PickedKeys:
+        """Exact keys of the passages at these ascending places of ``numbers``.
 
         A passage that cannot be read becomes invisible; zeros stand for it.
         """
+        picked = PickedKeys()
+        edges = np.searchsorted(chosen, self._firsts)
+        for place in np.flatnonzero(np.diff(edges)).tolist():
+            self._pick_of_block(picked, place, chosen[edges[place] : edges[place + 1]] - self._firsts[place])
+        return picked
+
+    def _pick_of_block(self, picked: PickedKeys, place: int, inside: Numbers) -> None:
         block = self._blocks[place]
         if isinstance(block, _BlockView):
-            if inside is None:
-                return block.keys[slots, : block.used]
-            lengths = block.lengths.numpy()
-            starts = np.cumsum(lengths) - lengths
-            return block.keys[slots][:, torch.from_numpy(_ranges(starts[inside], lengths[inside]))]
-        parts, first = [], int(self._firsts[place])
+            starts, ends = block.edges[inside].tolist(), block.edges[inside + 1].tolist()
+            picked.add_rows(block.keys, list(zip(starts, ends, strict=True)))
+            return
         layers, groups, dim = block.sheet.shape
-        for index in range(len(block.numbers)) if inside is None else inside.tolist():
+        for index in inside.tolist():
             keys = self._exact_keys.get(int(block.numbers[index])) if block.visible[index] else None
             if keys is None:
-                self.visible[first + index] = False
+                self.visible[int(self._firsts[place]) + index] = False
                 keys = torch.zeros(layers, int(block.sheet.lengths[index]), groups, dim)
-            parts.append(keys[slots])
-        return torch.cat(parts, 1)
+            picked.add(keys)
+
+    def _block_keys(self, place: int, slot: int) -> Tensor:
+        """Exact keys ``[C, G, D]`` of all passages of a block, as ``_pick`` does."""
+        block = self._blocks[place]
+        if isinstance(block, _BlockView):
+            return block.keys[slot, : block.used]
+        picked = PickedKeys()
+        self._pick_of_block(picked, place, np.arange(len(block.numbers)))
+        return picked.layer(slot)
 
     def _score_rows(self, keys: Tensor, query: Tensor) -> Tensor:
         """Exact scores ``[C]`` of chunks ``[C, G, D]``."""
@@ -578,31 +615,39 @@ class BankView:
         for place, block in enumerate(self._blocks):
             part = chunks[start : start + block.used]
             start += block.used
+            found: float | None
             if isinstance(block, _SheetView):
-                found = block.sheet.score(slot, quantized)
+                found = block.sheet.score(slot, quantized, part, scale)
             elif block.full and (slot in block.quantized or spare):  # no question waits for two copies
                 spare -= slot not in block.quantized
                 keys = block.quantize(slot)
-                found = keys.score(quantized)[: block.used], keys.error(quantized)
+                keys.score(quantized, part, scale)
+                found = keys.error(quantized) * scale
             else:
-                found = self._score_roughly(quantized, block.keys[slot, : block.used])
+                found = self._score_roughly(quantized, block.keys[slot, : block.used], part, scale)
             if found is None:
-                part[:] = self._score_rows(self._rows(place, slice(slot, slot + 1))[0], query)
+                part[:] = self._score_rows(self._block_keys(place, slot), query)
             else:
-                torch.mul(found[0], scale, out=part)
-                error = max(error, found[1] * scale)
+                error = max(error, found)
         return np.where(self.visible, self._reduce_all(chunks), np.float32(-np.inf)), error
 
-    def _score_roughly(self, query: QuantizedQuery, keys: Tensor) -> tuple[Tensor, float] | None:
-        return score_bfloat16(query, keys) if self.msa.router_normalize else None
+    def _score_roughly(self, query: QuantizedQuery, keys: Tensor, out: Tensor, scale: float) -> float | None:
+        found = score_bfloat16(query, keys) if self.msa.router_normalize else None
+        if found is None:
+            return None
+        torch.mul(found[0], scale, out=out)
+        return found[1] * scale
 
     def _reduce_all(self, chunks: Tensor) -> NDArray[np.float32]:
         """Scores of all passages from those of all chunks."""
-        lengths = self._lengths
         if self.msa.chunk_reduce == "mean":
-            return self._reduce(chunks, torch.from_numpy(lengths))
-        best: NDArray[np.float32] = np.maximum.reduceat(chunks.numpy(), np.cumsum(lengths) - lengths)
+            return self._reduce(chunks, torch.from_numpy(self._lengths))
+        best: NDArray[np.float32] = self._passages.of(chunks).numpy()
         return best
+
+    @cached_property
+    def _passages(self) -> RunMaxima:
+        return RunMaxima(self._lengths)
 
     @cached_property
     def _lengths(self) -> Numbers:
@@ -612,8 +657,8 @@ class BankView:
         """Exact scores of the passages at these ascending places of ``numbers``; -inf where one is lost."""
         if not len(chosen):
             return np.empty(0, dtype=np.float32)
-        rows = self._gather(chosen, slice(slot, slot + 1))[0]
-        scores = self._reduce(self._score_rows(rows, query), torch.from_numpy(self._lengths[chosen]))
+        chunks = self._score_rows(self._pick(chosen).layer(slot), query)
+        scores = self._reduce(chunks, torch.from_numpy(self._lengths[chosen]))
         return np.where(self.visible[chosen], scores, np.float32(-np.inf))
 
     @cached_property
@@ -661,13 +706,9 @@ def _masks(parts: Sequence[Numbers], chosen: Numbers | None) -> list[NDArray[np.
 
 def _highest(scores: NDArray[np.float32], count: int, margin: float = 0.0) -> Numbers:
     """Where the ``count`` highest finite scores are, and others at most ``margin`` lower; ascending."""
+    if count < 1:
+        return np.empty(0, dtype=np.int64)
     if count < len(scores):
         floor = np.partition(scores, len(scores) - count)[len(scores) - count] - margin
         return np.flatnonzero((scores >= floor) & np.isfinite(scores))
     return np.flatnonzero(np.isfinite(scores))
-
-
-def _ranges(starts: Numbers, lengths: Numbers) -> Numbers:
-    """``starts[i] .. starts[i] + lengths[i] - 1`` of every i, one after another."""
-    before = np.cumsum(lengths) - lengths
-    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))

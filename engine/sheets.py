@@ -134,8 +134,8 @@ class Sheet:
         self._layers: list[QuantizedKeys | None] = [None] * layers
         self._terms: tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint16]] | None = None
 
-    def score(self, slot: int, query: QuantizedQuery) -> tuple[Tensor, float] | None:
-        """Approximate scores ``[C]`` and their error, as of ``QuantizedKeys``.
+    def score(self, slot: int, query: QuantizedQuery, out: Tensor, scale: float) -> float | None:
+        """Write approximate scores to ``out`` ``[C]`` as ``QuantizedKeys`` do; returns their error.
 
         None where the sheet cannot be read, or was erased while it was read.
         """
@@ -144,8 +144,8 @@ class Sheet:
         except StateDamagedError as error:
             self._note(error)
             return None
-        found = keys.score(query)
-        return (found, keys.error(query)) if self.pages.intact() else None
+        keys.score(query, out, scale)
+        return keys.error(query) * scale if self.pages.intact() else None
 
     def _read_layer(self, slot: int) -> QuantizedKeys:
         data = self.pages.section(f"layer-{slot}")

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msa_memory.engine.bank import SKIM_KEPT, BankView, Fetch, MemoryBank, Numbers, Postings
+from msa_memory.engine.bank import SETTLED, BankView, Fetch, MemoryBank, Numbers, Postings
 from msa_memory.engine.config import MSAConfig
 from msa_memory.engine.engine import Engine
 from msa_memory.engine.parallel.cluster import Cluster, joined
@@ -252,7 +252,7 @@ class ShardedView(BankView):
         (``count`` of them, and at least 512) on every layer: that is what comes of each rank. The others get
         their mean over the layers, in 16 bits, lowered so that none comes before one of those.
         """
-        best, count = best or self.msa.top_k, max(count, SKIM_KEPT)
+        best, count = best or self.msa.top_k, max(count, SETTLED)
         most, layers = max(len(part) for part in self._parts), len(queries)
         room = 8 + packed_bytes(
             2 * most + min(most, count + layers * best) * (8 + 4 * layers), tensors=3, dims=2
@@ -289,7 +289,7 @@ class ShardedView(BankView):
         count: int = 0,
     ) -> NDArray[np.float32]:
         """Scores of which the ``count`` most relevant are exact: those of ``skim``, or more of them."""
-        return scores if count <= SKIM_KEPT else self.skim(queries, bonus, count=count)
+        return scores if count <= SETTLED else self.skim(queries, bonus, count=count)
 
     def gather(self, slot: int, numbers: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
         """Pooled keys and values ``[G, M, D]`` of all chunks of these passages, ascending by number."""

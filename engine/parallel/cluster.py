@@ -96,8 +96,8 @@ class Cluster:
             self._pulse.stop()
             if self._lost is None:
                 dist.destroy_process_group()
-                # A group ends its threads with its last reference. Held until the interpreter goes, one of them
-                # may still have to drop a tensor, which aborts the process.
+                # A group ends its threads with its last reference. Held until the interpreter goes, one of
+                # them may still have to drop a tensor, which aborts the process.
                 self._host = self._control = self._data = None
 
     @property

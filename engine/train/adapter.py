@@ -29,6 +29,7 @@ from msa_memory.engine.adapter import (
 )
 from msa_memory.engine.decoder import Decoder
 from msa_memory.engine.train.branches import BranchedRow, answer_losses, forward_branches
+from msa_memory.engine.train.contrast import RoutedQuestions, routing_loss
 from msa_memory.engine.train.run import Metrics, Paused, Saving, TrainingRun, write_tensors
 from msa_memory.errors import ConfigError
 
@@ -41,6 +42,10 @@ Rows = Callable[[int], BranchedRow]
 class AdapterTraining:
     """Recipe of one run. ``last_layer`` None means the decoder's last; sizes are rows and tokens.
 
+    Layers from ``attention_from`` to below ``first_layer`` adapt their attention alone: what memory needs of
+    them, at a third of the size. ``routed_questions`` per step teach the layers to tell their passages apart
+    (``contrast``), which counts ``routing_share``.
+
     A run that is resumed has to have the same recipe and data, but for where and how often it reports.
     """
 
@@ -50,12 +55,16 @@ class AdapterTraining:
     rank: int = 32
     alpha: float = 64.0
     first_layer: int = 8
+    attention_from: int | None = None
     last_layer: int | None = None
     targets: tuple[str, ...] = TARGETS
     learning_rate: float = 4e-4
     warmup: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
+    routed_questions: int = 0
+    routing_share: float = 0.5
+    routing_temperature: float = 0.03
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -66,6 +75,16 @@ class AdapterTraining:
             raise ConfigError(f"targets name {sorted(unknown)}; expected some of {', '.join(TARGETS)}")
         if not 0.0 <= self.warmup < 1.0:
             raise ConfigError(f"warmup is {self.warmup}; it must be a share of the steps from 0 to below 1")
+
+    def layers(self, last: int) -> dict[int, tuple[str, ...]]:
+        """What is adapted of every layer, up to layer ``last`` of the model."""
+        until = last if self.last_layer is None else self.last_layer
+        lower = () if self.attention_from is None else range(self.attention_from, self.first_layer)
+        attention = tuple(target for target in self.targets if target in TARGETS[:4])
+        return {
+            **dict.fromkeys(lower, attention),
+            **dict.fromkeys(range(self.first_layer, until + 1), self.targets),
+        }
 
     def rate(self, step: int) -> float:
         """Learning rate of step 1, 2, ...: linear warm-up, then a cosine to zero."""
@@ -83,6 +102,7 @@ def train_adapter(
     out: Path,
     *,
     start: Adapter | None = None,
+    routing: Callable[[int], RoutedQuestions] | None = None,
     data: str = "",
     held_out: dict[str, list[BranchedRow]] | None = None,
     evaluate_every: int = 100,
@@ -98,6 +118,7 @@ def train_adapter(
     Args:
         rows: row number to row; step s uses the rows from ``(s - 1) * rows_per_step`` on.
         start: an earlier adapter to go on from; None: one that changes nothing yet.
+        routing: step to its questions and passages, for recipes with ``routed_questions``.
         data: what stands for the data files in the check that a resumed run is the same run.
         held_out: rows per kind for the losses reported every ``evaluate_every`` steps.
         deadline: monotonic time from which no further step begins.
@@ -108,20 +129,15 @@ def train_adapter(
         ConfigError: ``out`` holds a run with another recipe or other data.
         CheckpointError: its state is damaged.
     """
+    if recipe.routed_questions and routing is None:
+        raise ConfigError("the recipe has routed_questions; name the batches to learn routing from")
     out.mkdir(parents=True, exist_ok=True)
-    last = decoder.config.num_layers - 1 if recipe.last_layer is None else recipe.last_layer
-    modules = attach(
-        decoder,
-        layers=range(recipe.first_layer, last + 1),
-        targets=recipe.targets,
-        rank=recipe.rank,
-        alpha=recipe.alpha,
-        seed=recipe.seed,
-    )
+    last = decoder.config.num_layers - 1
+    modules = attach(decoder, recipe.layers(last), rank=recipe.rank, alpha=recipe.alpha, seed=recipe.seed)
     if not modules:
         raise ConfigError(
-            f"the recipe adapts layers {recipe.first_layer} to {last}, which are none; the model has 0 to "
-            f"{decoder.config.num_layers - 1}"
+            f"the recipe adapts layers {recipe.first_layer} to {recipe.last_layer or last}, which are none; "
+            f"the model has 0 to {last}"
         )
     if start is not None:
         continue_from(modules, start)
@@ -133,7 +149,8 @@ def train_adapter(
             started = time.monotonic()
             first = (step - 1) * recipe.rows_per_step
             batch = [rows(number) for number in range(first, first + recipe.rows_per_step)]
-            figures = run.step(decoder, batch, step)
+            routed = routing(step) if routing is not None and recipe.routed_questions else None
+            figures = run.step(decoder, batch, routed, step)
             figures["seconds"] = time.monotonic() - started
             if held_out and (step % evaluate_every == 0 or step == recipe.steps):
                 figures["held_out"] = evaluate(decoder, held_out, recipe.micro_batch_tokens)
@@ -160,16 +177,22 @@ class _Run:
         }
         self.state = TrainingRun(parameters, out, identity, betas=recipe.betas)
 
-    def step(self, decoder: Decoder, batch: Sequence[BranchedRow], step: int) -> dict[str, Any]:
+    def step(
+        self, decoder: Decoder, batch: Sequence[BranchedRow], routed: RoutedQuestions | None, step: int
+    ) -> dict[str, Any]:
         """One update; returns the losses by kind and what was done."""
         by_kind = read_and_learn(decoder, batch, self.recipe.micro_batch_tokens)
+        if routed is not None:
+            loss = routing_loss(decoder, routed, self.recipe.routing_temperature)
+            (loss * self.recipe.routing_share).backward()
+            by_kind["routing"] = [float(loss.detach())]
         norm = self.state.step(self.recipe.rate(step), self.recipe.clip)
         self._refresh()
         return {
-            "loss": _mean([loss for losses in by_kind.values() for loss in losses]),
+            "loss": _mean([loss for kind, ls in by_kind.items() if kind != "routing" for loss in ls]),
             "losses": {kind: _mean(losses) for kind, losses in sorted(by_kind.items())},
             "questions": sum(len(row.branches) for row in batch),
-            "tokens": sum(map(len, batch)),
+            "tokens": sum(map(len, batch)) + (0 if routed is None else len(routed)),
             "gradient_norm": norm,
             "learning_rate": self.recipe.rate(step),
         }

@@ -19,7 +19,14 @@ from msa_memory.engine import ops
 from msa_memory.engine.decoder import Decoder
 from msa_memory.errors import EngineError
 
-__all__ = ["Branch", "BranchedRow", "answer_losses", "forward_branches"]
+__all__ = [
+    "Branch",
+    "BranchedRow",
+    "answer_losses",
+    "attend_masked",
+    "causal_mask",
+    "forward_branches",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,14 +162,14 @@ class _Attention:
             self.documents, self.active, self.memory, self.masks, self.memory_masks, strict=True
         ):
             for span in spans:
-                causal = _causal(span.stop - span.start, mask)
-                outputs.append(_attend(q[span], k[span], v[span], causal))
+                causal = causal_mask(span.stop - span.start, mask)
+                outputs.append(attend_masked(q[span], k[span], v[span], causal))
             keys, values = k[active], v[active]
             if pooled and memory:
                 keys = torch.cat([*(pooled[span.start][0] for span in memory), keys])
                 values = torch.cat([*(pooled[span.start][1] for span in memory), values])
                 mask = memory_mask
-            outputs.append(_attend(q[active], keys, values, mask))
+            outputs.append(attend_masked(q[active], keys, values, mask))
         return torch.cat(outputs)
 
     def _pool(self, k: Tensor, v: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
@@ -184,11 +191,12 @@ def _mask(row: BranchedRow, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, device=device, dtype=dtype).masked_fill_(~seen, -torch.inf)
 
 
-def _causal(tokens: int, like: Tensor) -> Tensor:
+def causal_mask(tokens: int, like: Tensor) -> Tensor:
+    """Additive mask ``[T, T]`` under which tokens see themselves and what comes before."""
     return like.new_full((tokens, tokens), -torch.inf).triu(1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Scaled ``q`` ``[T, H, D]`` on ``k``, ``v`` ``[S, G, D]`` under an additive ``mask`` ``[T, S]``."""
     tokens, heads, dim = q.shape
     groups = k.shape[1]

@@ -1,8 +1,9 @@
 """How the default model is made, from the data files to the files that ship, stage by stage.
 
-One call does as much as its time allows and the next goes on: tuning in two phases, routers on the tuned
-model, a folder that opens, and calibration. Stages that are done, with the same recipe and data, are
-skipped.
+One call does as much as its time allows and the next goes on: tuning to read and to refuse, routers on half
+of the articles that scout for a third tuning, which learns to remember and to route, the final routers on
+the tuned model, a folder that opens, and calibration. Stages that are done, with the same recipe and data,
+are skipped.
 """
 
 from __future__ import annotations
@@ -53,7 +54,27 @@ class Recipe:
             window=220, row_tokens=900, absent_rows=0.45, alone_rows=0.5, seed=1
         )
     )
+    remember: AdapterTraining = field(
+        default_factory=lambda: AdapterTraining(
+            steps=220,
+            rows_per_step=10,
+            micro_batch_tokens=1800,
+            attention_from=0,
+            learning_rate=8e-4,
+            routed_questions=24,
+            seed=2,
+        )
+    )
+    remember_rows: MixtureOptions = field(
+        default_factory=lambda: MixtureOptions(
+            recall_rows=0.6, alone_rows=1.0, absent_rows=0.45, borrows=6, seed=2
+        )
+    )
     chats: int = 240
+    remember_chats: int = 60
+    chunk: int = 16
+    """Tokens per pooled chunk of content from the third tuning on."""
+    scouts: RouterTraining = field(default_factory=lambda: RouterTraining(steps=300))
     routers: RouterTraining = field(default_factory=RouterTraining)
     lexical: bool = False
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
@@ -99,57 +120,55 @@ def train_default_model(job: DefaultModel, tell: Tell = quiet) -> Path:
     )
     given = fingerprint_files([*passages, *questions, *unanswerable])
     recipe, work = job.recipe, job.work
-    tuned: Path | None = None
-    for name, training, rows in (
-        ("read", recipe.read, recipe.read_rows),
-        ("recall", recipe.recall, recipe.recall_rows),
-    ):
+    common: dict[str, Any] = {
+        "passages": passages,
+        "questions": questions,
+        "model": job.model,
+        "device": job.device,
+        "deadline": job.deadline,
+    }
+
+    def tune(name: str, rows: MixtureOptions, training: AdapterTraining, given: str, **more: Any) -> str:
         adapter = AdapterJob(
-            passages=passages,
-            questions=questions,
-            unanswerable=unanswerable,
-            out=work / name,
-            model=job.model,
-            start=tuned,
-            chats=recipe.chats,
-            device=job.device,
-            recipe=training,
-            mixture=rows,
-            deadline=job.deadline,
+            **common, **more, unanswerable=unanswerable, out=work / name, recipe=training, mixture=rows
         )
-        about = [given, asdict(training), asdict(rows), recipe.chats]
-        given = _stage(adapter.out, about, partial(train_adapter_files, adapter, tell))
-        tuned = adapter.out / "adapter.safetensors"
-    assert tuned is not None
-    routers = RouterJob(
-        passages=passages,
-        questions=questions,
-        out=work / "routers",
-        work=work / "hidden",
-        model=job.model,
-        adapter=tuned,
-        lexical=recipe.lexical,
-        teacher=job.teacher,
-        device=job.device,
-        recipe=recipe.routers,
-        deadline=job.deadline,
+        about = [given, asdict(training), asdict(rows), adapter.chats, adapter.chunk]
+        return _stage(adapter.out, about, partial(train_adapter_files, adapter, tell))
+
+    def teach(name: str, training: RouterTraining, given: str, **more: Any) -> str:
+        routers = RouterJob(
+            **common, **more, out=work / name, lexical=recipe.lexical, teacher=job.teacher, recipe=training
+        )
+        about = [given, asdict(training), recipe.lexical, str(job.teacher is not None)]
+        return _stage(routers.out, about, partial(train_router_files, routers, tell))
+
+    read, recall, remember = (work / name / "adapter.safetensors" for name in ("read", "recall", "remember"))
+    given = tune("read", recipe.read_rows, recipe.read, given, chats=recipe.chats)
+    given = tune("recall", recipe.recall_rows, recipe.recall, given, chats=recipe.chats, start=read)
+    given = teach("scouts", recipe.scouts, given, scouts=True, adapter=recall, work=work / "scouts-hidden")
+    given = tune(
+        "remember",
+        recipe.remember_rows,
+        recipe.remember,
+        given,
+        chats=recipe.remember_chats,
+        start=recall,
+        routers=work / "scouts",
+        chunk=recipe.chunk,
     )
-    about = [given, asdict(recipe.routers), recipe.lexical, str(job.teacher is not None)]
-    given = _stage(work / "routers", about, partial(train_router_files, routers, tell))
+    given = teach(
+        "routers", recipe.routers, given, adapter=remember, work=work / "hidden", chunk=recipe.chunk
+    )
     calibration = CalibrateJob(
-        passages=passages,
-        questions=questions,
+        **common,
         out=work / "calibrated",
-        model=job.model,
-        routers=routers.out,
-        adapter=tuned,
-        device=job.device,
+        routers=work / "routers",
+        adapter=remember,
         options=recipe.calibration,
-        deadline=job.deadline,
     )
     about = [given, asdict(recipe.calibration)]
     _stage(calibration.out, about, partial(calibrate_files, calibration, tell))
-    return _result(job, tuned)
+    return _result(job, remember)
 
 
 def _stage(folder: Path, about: list[Any], do: Callable[[], Any]) -> str:

@@ -17,7 +17,7 @@ from msa_memory.engine.train.bm25 import BM25
 from msa_memory.engine.train.data import Passage, Question, read_rows
 from msa_memory.errors import ConfigError
 
-__all__ = ["Asked", "Exercises", "Unanswerable", "held_out", "places", "read_unanswerable"]
+__all__ = ["Asked", "Exercises", "Unanswerable", "held_out", "places", "read_unanswerable", "scouted"]
 
 SOURCES = {
     "squad1.1": 4.0,
@@ -61,6 +61,15 @@ def read_unanswerable(paths: Sequence[Path], split: str = "train") -> list[Unans
 def held_out(passage: Passage, *, one_in: int = 16) -> bool:
     """Whether a training passage is kept for evaluation: whole articles, by their title."""
     return zlib.crc32((passage.title or passage.id).encode()) % one_in == 0
+
+
+def scouted(passage: Passage) -> bool:
+    """Whether a passage is of the half of the articles that scouting routers learn from.
+
+    Routers know the passages they learned by heart, where they have nothing left to teach the layers below
+    them; on the other half's they show what they lack.
+    """
+    return zlib.crc32((passage.title or passage.id).encode()) % 32 >= 16
 
 
 @dataclass(frozen=True, slots=True)

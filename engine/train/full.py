@@ -227,15 +227,8 @@ class _Trainer:
         half = decoder.config.num_layers // 2
         decoder.requires_grad_(False)
         if recipe.trainables == "low-rank":
-            layers = range(half, decoder.config.num_layers)
-            self.adapters = attach(
-                decoder,
-                layers=layers,
-                targets=recipe.targets,
-                rank=recipe.rank,
-                alpha=recipe.alpha,
-                seed=recipe.seed,
-            )
+            adapted = dict.fromkeys(range(half, decoder.config.num_layers), recipe.targets)
+            self.adapters = attach(decoder, adapted, rank=recipe.rank, alpha=recipe.alpha, seed=recipe.seed)
         upper = tuple(f"model.layers.{layer}." for layer in range(half, decoder.config.num_layers))
         wanted: dict[str, Callable[[str], bool]] = {
             "all": lambda name: True,

@@ -27,8 +27,9 @@ from msa_memory.engine.train.adapter import AdapterTraining, train_adapter
 from msa_memory.engine.train.branches import BranchedRow
 from msa_memory.engine.train.calibrate import CalibrationOptions, calibrate
 from msa_memory.engine.train.chat import own_answers, plain_prompts
+from msa_memory.engine.train.contrast import RoutingExercises
 from msa_memory.engine.train.data import read_passages, read_questions
-from msa_memory.engine.train.exercises import Exercises, held_out, read_unanswerable
+from msa_memory.engine.train.exercises import Exercises, held_out, read_unanswerable, scouted
 from msa_memory.engine.train.fidelity import CHUNKS, REMEMBERING, TUNING, fidelity
 from msa_memory.engine.train.full import FullTraining, TrainingRows, train_full
 from msa_memory.engine.train.layer_weights import LEAST_QUESTIONS, fit_layer_weights, score_layers
@@ -82,7 +83,8 @@ class RouterJob:
     """Files and settings of one router training; None means as the model has it.
 
     ``adapter`` is a file to encode with, True for the model's own, False for none. ``lexical`` lets the
-    words join the score that is judged, ``teacher`` is the folder of a text embedder to learn from.
+    words join the score that is judged, ``teacher`` is the folder of a text embedder to learn from;
+    ``scouts`` learn from half of the articles (``exercises.scouted``).
     """
 
     passages: Sequence[Path]
@@ -97,6 +99,7 @@ class RouterJob:
     top_k: int | None = None
     lexical: bool = False
     teacher: Path | None = None
+    scouts: bool = False
     dev_passages: Sequence[Path] = ()
     dev_questions: Sequence[Path] = ()
     device: str = "auto"
@@ -185,7 +188,7 @@ def train_router_files(job: RouterJob, tell: Tell = quiet) -> dict[str, Any]:
         lambda what, done, total: tell(f"Encoding {what}", done, total, ""),
         job.deadline,
     )
-    train, kept = _keep_some(reader.read(job.passages, job.questions))
+    train, kept = _keep_some(reader.read(job.passages, job.questions), job.scouts)
     dev = reader.read(job.dev_passages, job.dev_questions, always_titled=True) if job.dev_passages else None
     task = _router_task(job, train, tell)
     torch.manual_seed(job.recipe.seed)
@@ -244,11 +247,14 @@ def _router_task(job: RouterJob, data: RoutingData, tell: Tell) -> RouterTask:
     return RouterTask(data.questions, data.documents, data.gold, words, teacher, articles)
 
 
-def _keep_some(data: RoutingData) -> tuple[RoutingData, RoutingData | None]:
+def _keep_some(data: RoutingData, scouts: bool) -> tuple[RoutingData, RoutingData | None]:
     """The questions to learn from, and those about held-out articles to weigh the layers on.
 
     The latter with their articles' passages alone; None where they are too few and all are learned from.
     """
+    if scouts:
+        known = {place for place, passage in enumerate(data.passages) if scouted(passage)}
+        data = data.of_questions([item for item, right in enumerate(data.gold) if known >= set(right)])
     places = [place for place, passage in enumerate(data.passages) if held_out(passage)]
     kept = data.of_passages(places)
     if len(kept.asked) < LEAST_QUESTIONS:
@@ -297,7 +303,11 @@ def _evaluate(heads: RouterHeads, dev: RoutingData, weights: tuple[float, ...]) 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterJob:
-    """Files and settings of one low-rank tuning; ``start`` is the adapter of an earlier phase."""
+    """Files and settings of one low-rank tuning.
+
+    ``start`` is the adapter of an earlier phase, ``routers`` a folder of ``train_router_files`` to learn
+    routing under and ``chunk`` the content chunk to remember with; None means as the model has them.
+    """
 
     passages: Sequence[Path]
     questions: Sequence[Path]
@@ -305,6 +315,8 @@ class AdapterJob:
     model: str = DEFAULT_MODEL
     unanswerable: Sequence[Path] = ()
     start: Path | None = None
+    routers: Path | None = None
+    chunk: int | None = None
     chats: int = 240
     device: str = "auto"
     evaluate_every: int = 60
@@ -321,8 +333,15 @@ def train_adapter_files(job: AdapterJob, tell: Tell = quiet) -> Path:
     One article in sixteen is kept out of training for the losses reported on the way.
     """
     job.out.mkdir(parents=True, exist_ok=True)
-    engine, _ = open_engine(job.model, job.out, device=job.device, adapter=False)
+    if job.routers is None:
+        engine, _ = open_engine(job.model, job.out, device=job.device, adapter=False)
+    else:
+        folder = _with_routers(job.model, job.routers, None, job.out / "model")
+        engine = load_engine(folder, device=job.device)
+    if job.chunk is not None:
+        engine.decoder.msa = engine.msa.with_options(chunk=job.chunk)
     files = [*job.passages, *job.questions, *job.unanswerable, *([] if job.start is None else [job.start])]
+    given = fingerprint_files(files)
     train, kept = reading_exercises(engine, job.passages, job.questions, job.unanswerable)
     plain = _plain_chats(engine, train, job.chats, job.mixture.seed, job.out / "chat.jsonl")
     end = engine.tokenizer.encode_prompt(engine.prompt.layout.tail)[0]
@@ -334,7 +353,10 @@ def train_adapter_files(job: AdapterJob, tell: Tell = quiet) -> Path:
         job.recipe,
         job.out,
         start=None if job.start is None else load_adapter(job.start),
-        data=f"{fingerprint_files(files)} {asdict(job.mixture)} {len(plain)} {engine.fingerprint}",
+        routing=RoutingExercises(stream, questions=job.recipe.routed_questions).batch
+        if job.recipe.routed_questions
+        else None,
+        data=f"{given} {asdict(job.mixture)} {len(plain)} {engine.fingerprint} {engine.msa.chunk}",
         held_out=examination(kept, plain[:kept_chats], end, job.mixture),
         evaluate_every=job.evaluate_every,
         save_every_s=job.save_every_s,
@@ -483,9 +505,8 @@ def calibrate_files(job: CalibrateJob, tell: Tell = quiet) -> dict[str, Any]:
             job.model, job.out, device=job.device, adapter=True if job.adapter is None else job.adapter
         )
     else:
-        folder, source = job.out / "model", open_checkpoint(resolve(job.model))
-        settings = json.loads((job.routers / "router.json").read_text(encoding="utf-8"))
-        save_with_routers(folder, source, job.routers / "router.safetensors", settings, job.adapter)
+        source = open_checkpoint(resolve(job.model))
+        folder = _with_routers(job.model, job.routers, job.adapter, job.out / "model")
         engine = load_engine(folder, device=job.device)
     found = calibrate(
         engine,
@@ -501,6 +522,14 @@ def calibrate_files(job: CalibrateJob, tell: Tell = quiet) -> dict[str, Any]:
     elif job.model != DEFAULT_MODEL and source.path.is_dir():
         _merge_calibration(source.path / "config.json", found["calibration"])
     return found
+
+
+def _with_routers(model: str, routers: Path, adapter: Path | None, folder: Path) -> Path:
+    """A folder that opens as the model with these routers and this adapter."""
+    settings = json.loads((routers / "router.json").read_text(encoding="utf-8"))
+    source = open_checkpoint(resolve(model))
+    save_with_routers(folder, source, routers / "router.safetensors", settings, adapter)
+    return folder
 
 
 def _merge_calibration(path: Path, chosen: dict[str, Any]) -> None:

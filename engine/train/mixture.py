@@ -74,6 +74,7 @@ PAYLOADS = (
 # of branches come out as .43 text, .07 both, .23 memory, .13 absent, .05 injected, .04 conflict, .04 chat.
 ROW_WEIGHTS = {"text": 0.53, "both": 0.11, "memory": 0.20, "conflict": 0.10, "chat": 0.12}
 PASSAGES = ((1, 0.22), (2, 0.30), (3, 0.30), (4, 0.18))
+TITLED = 0.75
 REPEAT = "Repeat the memory."
 REPEATED_TOKENS = 100
 FIRST_DAY, DAYS = date(2015, 1, 1), 4400
@@ -188,6 +189,12 @@ class Mixture:
             for way, (evidence, remembered) in ways.items()
         }
 
+    def cut(self, number: int, anchor: int, rng: random.Random) -> tuple[int, ...]:
+        """Token ids of a passage as a document, cut around what it says to a question."""
+        day = FIRST_DAY + timedelta(rng.randrange(DAYS))
+        titled = rng.random() < TITLED
+        return self._document(self._window(number, self.exercises.asked[anchor], titled, False, day, rng))
+
     def _anchor(self, index: int, rng: random.Random) -> int:
         """The question a row is built around: every passage in turn before any comes again."""
         epoch, place = divmod(index, len(self._anchors(0)))
@@ -234,7 +241,7 @@ class Mixture:
         numbers = gold + rng.sample(others, min(len(others), max(0, wanted - len(gold))))
         rng.shuffle(numbers)
         days = self._days(len(numbers), rng)
-        titled, stated = rng.random() < 0.75, rng.random() < 0.35
+        titled, stated = rng.random() < TITLED, rng.random() < 0.35
         return [
             self._window(number, asked if number in gold else None, titled, stated, day, rng)
             for number, day in zip(numbers, days, strict=True)

@@ -38,6 +38,8 @@ __all__ = [
     "RouterHeads",
     "RouterTask",
     "RouterTraining",
+    "contrastive_loss",
+    "pair_scores",
     "recall",
     "save_router",
     "score_documents",
@@ -307,15 +309,15 @@ def _step(heads: RouterHeads, task: RouterTask, batch: _Batch, recipe: RouterTra
         asked = _drop(questions.rows[layer][rows], recipe.dropout, batch.random)
         read = _drop(documents.rows[layer][columns], recipe.dropout, batch.random)
         queries, keys = heads.queries(layer, asked.to(device)), heads.keys(layer, read.to(device))
-        per_layer.append(_scores(queries, keys, tokens, chunks))
+        per_layer.append(pair_scores(queries, keys, tokens, chunks))
     mean = torch.stack(per_layer).mean(0)
     positive = batch.positive.to(device)
     joined = mean
     if task.words is not None:
         words = task.words[batch.questions][:, batch.passages].to(device).float()
         joined = mean + heads.log_lexical_weight.exp() * words
-    loss = _contrastive(joined, positive, recipe.temperature)
-    own = torch.stack([_contrastive(scores, positive, recipe.temperature) for scores in per_layer]).mean()
+    loss = contrastive_loss(joined, positive, recipe.temperature)
+    own = torch.stack([contrastive_loss(scores, positive, recipe.temperature) for scores in per_layer]).mean()
     total = loss + recipe.own_share * own
     figures = {"loss": float(loss.detach()), "own": float(own.detach())}
     if task.teacher is not None:
@@ -349,7 +351,7 @@ def _drop(rows: Tensor, share: float, random: torch.Generator) -> Tensor:
     return rows * (kept / (1 - share)).to(rows.dtype).to(rows.device)
 
 
-def _scores(queries: Tensor, keys: Tensor, tokens: Tensor, chunks: Tensor) -> Tensor:
+def pair_scores(queries: Tensor, keys: Tensor, tokens: Tensor, chunks: Tensor) -> Tensor:
     """Document scores ``[B, P]``: max over each question's tokens and each document's chunks.
 
     ``queries`` ``[sum(tokens), F]`` and ``keys`` ``[sum(chunks), F]`` lie flat. All pairs are scored
@@ -405,7 +407,7 @@ def _starts(lengths: Numbers) -> Numbers:
     return found
 
 
-def _contrastive(scores: Tensor, positive: Tensor, temperature: float) -> Tensor:
+def contrastive_loss(scores: Tensor, positive: Tensor, temperature: float) -> Tensor:
     """Eq. 5: mean over positives of -log(e^s / (e^s + sum of negatives)); ``positive`` ``[B, P]`` bool."""
     logits = scores / temperature
     negatives = logits.masked_fill(positive, -torch.inf).logsumexp(1, keepdim=True)

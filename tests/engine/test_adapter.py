@@ -204,7 +204,7 @@ class TestLowRankLinear:
 
     def test_starts_as_the_base_and_computes_as_the_merged_model(self) -> None:
         decoder, twin = build(torch.bfloat16), build(torch.bfloat16)
-        modules = attach(decoder, layers=range(1, 3), targets=TARGETS, rank=RANK, alpha=ALPHA, seed=0)
+        modules = attach(decoder, {1: TARGETS, 2: TARGETS}, rank=RANK, alpha=ALPHA, seed=0)
         ids = torch.arange(12)
         before = _hidden(decoder, ids)
         assert torch.equal(before, _hidden(twin, ids))
@@ -219,17 +219,17 @@ class TestLowRankLinear:
 
     def test_only_the_adapter_learns(self) -> None:
         decoder = build()
-        modules = attach(decoder, layers=[2], targets=("q_proj", "up_proj"), rank=RANK, alpha=ALPHA, seed=0)
+        modules = attach(decoder, {2: ("q_proj", "up_proj")}, rank=RANK, alpha=ALPHA, seed=0)
         assert list(modules) == ["model.layers.2.self_attn.q_proj", "model.layers.2.mlp.up_proj"]
         learning = {name for name, parameter in decoder.named_parameters() if parameter.requires_grad}
         assert learning == {f"{name}.{side}" for name in modules for side in ("lora_a", "lora_b")}
 
     @pytest.mark.parametrize(
-        ("layers", "targets", "rank"), [([3], ("q_proj",), 2), ([0], ("gate",), 2), ([0], ("q_proj",), 0)]
+        ("targets", "rank"), [({3: ("q_proj",)}, 2), ({0: ("gate",)}, 2), ({0: ("q_proj",)}, 0)]
     )
-    def test_what_cannot_be_adapted(self, layers: list[int], targets: tuple[str, ...], rank: int) -> None:
+    def test_what_cannot_be_adapted(self, targets: dict[int, tuple[str, ...]], rank: int) -> None:
         with pytest.raises(ConfigError):
-            attach(build(), layers=layers, targets=targets, rank=rank, alpha=ALPHA, seed=0)
+            attach(build(), targets, rank=rank, alpha=ALPHA, seed=0)
 
 
 def _hidden(decoder: Decoder, ids: Tensor) -> Tensor:

@@ -257,13 +257,27 @@ class TestSkim:
             found = view.skim(queries)
         assert (np.isneginf(found) == ~view.visible).all()
         kept, rest = found.mean(0) > -1, view.visible & (found.mean(0) <= -1)
-        assert kept.sum() >= min(20, len(view))
+        assert kept.sum() >= min(bank_module.SETTLED, len(view))
         assert kept.sum() < 40, "more than 20 by ties only"
         places = {number: place for place, number in enumerate(exact.numbers.tolist())}
         order = [places[number] for number in view.numbers[kept].tolist()]
         for slot, query in enumerate(queries):
             assert (found[slot, kept] == exact.score(slot, query)[order]).all()
         assert not rest.any() or found[:, rest].max() < -1
+
+    @few
+    @given(seed=seeds, best=st.integers(0, 5))
+    def test_a_second_look_misses_nothing(self, seed: int, best: int) -> None:
+        """Of the passages it starts from, here all: the most relevant and the best of every layer."""
+        keys, queries = some_keys(seed), [some_query(seed + slot, 9) for slot in range(LAYERS)]
+        view, exact = bank_of(keys).view(), bank_of(keys, exact=True).view()
+        bonus = np.random.default_rng(seed).random(len(keys)).astype(np.float32) * 0.2
+        found = view.skim(queries, bonus, best=best)
+        sharp = np.stack([exact.score(slot, query) for slot, query in enumerate(queries)])
+        wanted = {*np.argsort(-(sharp.mean(0) + bonus))[: bank_module.SETTLED].tolist()}
+        for layer in sharp:
+            wanted.update(np.argsort(-layer)[:best].tolist())
+        assert (found[:, sorted(wanted)] == sharp[:, sorted(wanted)]).all()
 
     def test_it_finds_what_lies_near_a_question(self) -> None:
         keys, queries = some_keys(1, 600), [some_query(slot, 9) for slot in range(LAYERS)]

@@ -299,7 +299,14 @@ SMALL = Recipe(
     read=AdapterTraining(steps=3, rows_per_step=2, rank=2, first_layer=2),
     recall=AdapterTraining(steps=2, rows_per_step=2, rank=2, first_layer=2, seed=1),
     recall_rows=MixtureOptions(alone_rows=0.5, seed=1),
+    remember=AdapterTraining(
+        steps=2, rows_per_step=2, rank=2, first_layer=2, attention_from=1, routed_questions=2, seed=2
+    ),
+    remember_rows=MixtureOptions(recall_rows=0.5, seed=2),
     chats=0,
+    remember_chats=0,
+    chunk=8,
+    scouts=RouterTraining(steps=2, batch_size=4),
     routers=RouterTraining(steps=3, batch_size=4),
     calibration=CalibrationOptions(read=2, distractors=3),
 )
@@ -334,7 +341,7 @@ class TestDefault:
             )
 
         stopped = []
-        for _ in range(4):  # each call with a deadline in the past does one step, where steps are resumable
+        for _ in range(9):  # each call with a deadline in the past does one step, where steps are resumable
             try:
                 train_default_model(job(0.0))
             except Paused as pause:

@@ -83,7 +83,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def adapter_file(path: Path) -> Path:
     """An adapter that changes every layer of the tiny model."""
     decoder = load_engine(tiny_model(), device="cpu").decoder
-    modules = attach(decoder, layers=range(4), targets=("q_proj", "down_proj"), rank=2, alpha=4.0, seed=1)
+    modules = attach(decoder, dict.fromkeys(range(4), ("q_proj", "down_proj")), rank=2, alpha=4.0, seed=1)
     random = torch.Generator().manual_seed(2)
     for module in modules.values():
         module.lora_b.data = torch.randn(module.lora_b.shape, generator=random) * 0.3
@@ -294,7 +294,7 @@ class TestScores:
                 for s, good in zip(row, right, strict=True)
                 if good
             ]
-        found = router_module._contrastive(scores, positive, 0.1)
+        found = router_module.contrastive_loss(scores, positive, 0.1)
         assert float(found) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
