@@ -39,8 +39,8 @@ def main() -> None:
         tokens = sum(map(len, ids))
 
         def encode(passages: Sequence[str] = passages) -> None:
-            for number, text in enumerate(passages):
-                engine.encode(number, "", text)
+            for _ in engine.encode_many((number, "", text) for number, text in enumerate(passages)):
+                pass
 
         def forward(ids: list[list[int]] = ids) -> None:
             for start in range(0, len(ids), options.batch):

@@ -31,7 +31,13 @@ from msa_memory.engine.context import Feed
 from msa_memory.engine.context import Sequence as Row
 from msa_memory.engine.decoder import Decoder
 from msa_memory.engine.device_bank import DeviceBank
-from msa_memory.engine.encoding import encode_head, encode_passage
+from msa_memory.engine.encoding import (
+    encode_head,
+    encode_passage,
+    encode_passages,
+    rows_apart,
+    token_batches,
+)
 from msa_memory.engine.fingerprint import fingerprint_files
 from msa_memory.engine.generation import Generation
 from msa_memory.engine.id_grammar import RetrievalTokens
@@ -54,6 +60,8 @@ READ_WORDS, LATER_WORDS = 2.0, 3.0
 times its usual weight the lexical score has. Chosen on two-hop questions whose passages the routers know."""
 ENCODED_TOKENS = 32_768
 """Of the passages that a GPU reads in one pass."""
+CPU_ENCODED_TOKENS = 512
+"""The same of a CPU, whose questions wait for a pass."""
 DEVICE_PROMPT_TOKENS = 8192
 """Of all prompts together in one pass on a GPU, which reads as many while a decoding row hardly waits."""
 
@@ -166,19 +174,23 @@ class Engine:
     def encode_many(self, passages: Iterable[tuple[int, str, str]]) -> Iterator[PassageStates]:
         """States of passages given as (number, header, text), in their order.
 
-        A GPU reads many in one pass, and their states arrive in host memory. A CPU reads each alone, when
-        its turn comes: no bit of it depends on what stands beside.
+        A GPU reads many in one pass, and their states arrive in host memory. A CPU reads short ones together
+        where no bit of a passage depends on what stands beside it, and else each alone, when its turn comes.
         """
-        if not self.uses_kernels:
-            yield from (self.encode(*passage) for passage in passages)
-            return
-        from msa_memory.engine.packed_encoding import encode_packed, token_batches
-
+        together = self.uses_kernels or rows_apart(self.decoder)
+        most = ENCODED_TOKENS if self.uses_kernels else CPU_ENCODED_TOKENS if together else 1
         asked = ((self.prompt.document(*passage), passage) for passage in passages)
-        for batch in token_batches(asked, ENCODED_TOKENS):
-            states = encode_packed(self.decoder, [ids for ids, _ in batch]).apart()
+        for batch in token_batches(asked, most):
+            states = self._encode_together([ids for ids, _ in batch])
             for (_, (_, header, text)), one in zip(batch, states, strict=True):
                 yield replace(one, terms=passage_terms(header + text))
+
+    def _encode_together(self, passages: list[list[int]]) -> list[PassageStates]:
+        if not self.uses_kernels:
+            return encode_passages(self.decoder, passages)
+        from msa_memory.engine.packed_encoding import encode_packed
+
+        return encode_packed(self.decoder, passages).apart()
 
     def new_bank(self, fetch: Callable[[int], PassageStates]) -> MemoryBank:
         """An empty bank of this model's states; a GPU's kernels choose from theirs (``device_bank``)."""

@@ -7,9 +7,8 @@ few copies. Needs Triton to be installed, also where it falls back to plain torc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,10 +26,7 @@ from msa_memory.engine.states import PassageStates
 from msa_memory.engine.transfer import sent, sent_numbers
 from msa_memory.errors import EngineError
 
-__all__ = ["PackedStates", "encode_packed", "token_batches"]
-
-Known = TypeVar("Known", bound=tuple[Sequence[int], Any])
-"""A passage's token ids and what else its owner knows of it."""
+__all__ = ["PackedStates", "encode_packed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +50,6 @@ class PackedStates:
         )
         router_keys = self.router_keys.cpu().split(list(self.router_chunks), 1)
         return list(map(PassageStates, keys, values, router_keys))
-
-
-def token_batches(passages: Iterable[Known], most: int) -> Iterator[list[Known]]:
-    """Passages, each behind its token ids, in batches of at most ``most`` tokens or of one passage."""
-    batch: list[Known] = []
-    tokens = 0
-    for passage in passages:
-        if batch and tokens + len(passage[0]) > most:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(passage)
-        tokens += len(passage[0])
-    if batch:
-        yield batch
 
 
 @torch.inference_mode()
