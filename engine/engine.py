@@ -45,7 +45,7 @@ from msa_memory.engine.interleave import Interleave, InterleaveOptions, Texts
 from msa_memory.engine.layout import Layout, PromptLayout, read_layout
 from msa_memory.engine.lexical import passage_terms, question_terms
 from msa_memory.engine.passages import Span, split_passages
-from msa_memory.engine.sampling import Constraint, SamplingOptions, without_doubtful
+from msa_memory.engine.sampling import Constraint, SamplingOptions, decided, without_doubtful
 from msa_memory.engine.serving import Batch, at_once
 from msa_memory.engine.states import HeadStates, PassageStates
 from msa_memory.engine.stepper import Stepper, packed_stepper, plain_stepper
@@ -290,24 +290,35 @@ class Engine:
         options: SamplingOptions,
         constraint: Constraint | None = None,
         known: Row | None = None,
+        relevance: float | None = None,
     ) -> Generator[None, None, Generation]:
         """Prefill a prompt with evidence over the chosen passages' states (pass 2); decode is next.
 
         ``ids`` come from ``prompt.reading`` or ``prompt.conversation``; ``known`` has read the first of them
         over the same passages (``KeptContexts``). An answer of free form does not begin as a refusal does
-        where that is less likely than the calibrated ``refusal_logprob``.
+        where that is less likely than the calibrated ``refusal_logprob``. With the ``relevance`` of the best
+        passage, and a calibration for it, that decides alone: the more relevant, the likelier a refusal has
+        to be, and it is given wherever it is likely enough.
         """
         row = known
         if row is None:
             row = self.start(view, capacity=len(ids) + options.max_new_tokens)
             row.attend_to(selections, {layer: slot for slot, layer in enumerate(self.msa.router_layers)})
         logits = yield from self.batch.feed(Feed(row, ids[row.fed_tokens :]))
-        sure = self.calibration.get("refusal_logprob")
-        if sure is not None and constraint is None and self.prompt.refusal:
-            logits = without_doubtful(logits, self.prompt.refusal[0], sure)
+        if constraint is None and self.prompt.refusal:
+            logits = self._settle_refusal(logits, self.prompt.refusal[0], relevance)
         return Generation(self.tokenizer, options, row, logits, constraint, ids)
 
     read = at_once(read_steps)
+
+    def _settle_refusal(self, logits: Tensor, token: int, relevance: float | None) -> Tensor:
+        """Logits ``[V]`` of a first token, in which a refusal is certain, impossible or as it was."""
+        least, slope = self.calibration.get("refusal_logprob"), self.calibration.get("refusal_slope")
+        if least is None:
+            return logits
+        if relevance is None or slope is None:
+            return without_doubtful(logits, token, least)
+        return decided(logits, token, least + slope * (relevance - self.calibration["refusal_relevance"]))
 
     def chat_steps(
         self,

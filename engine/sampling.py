@@ -11,7 +11,7 @@ from torch import Tensor
 
 from msa_memory.errors import ConfigError, EngineError
 
-__all__ = ["Constraint", "Sampler", "SamplingOptions", "StopScanner", "without_doubtful"]
+__all__ = ["Constraint", "Sampler", "SamplingOptions", "StopScanner", "decided", "without_doubtful"]
 
 COLDEST = 1e-6
 """Below this temperature sampling is greedy but for ties, and a division by it would overflow."""
@@ -91,6 +91,20 @@ def without_doubtful(logits: Tensor, token: int, logprob: float) -> Tensor:
         return logits
     kept = logits.clone()
     kept[token] = -torch.inf
+    return kept
+
+
+def decided(logits: Tensor, token: int, logprob: float) -> Tensor:
+    """The logits ``[V]`` with nothing but ``token`` where its log-probability is at least ``logprob``.
+
+    Without it elsewhere.
+    """
+    kept = logits.clone()
+    if float(logits.float().log_softmax(-1)[token]) < logprob:
+        kept[token] = -torch.inf
+        return kept
+    kept.fill_(-torch.inf)
+    kept[token] = logits[token]
     return kept
 
 

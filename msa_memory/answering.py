@@ -266,6 +266,7 @@ class Asking:
             self.options.sampling(self.config),
             self.options.constraint,
             known,
+            None if self.options.conversation else best,
         )
         clock.lap("prefill_s")
         return recalled, generation

@@ -77,6 +77,20 @@ def test_a_refusal_needs_its_likelihood(
     assert said.found is not refuses
 
 
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize(("slope", "refuses"), [(0.0, True), (1e3, False), (-1e3, True)])
+def test_relevance_decides_how_likely_a_refusal_has_to_be(
+    calibrated: Open, wish: tuple[str, float, str], slope: float, refuses: bool, second: bool
+) -> None:
+    """Also where it is not what the model would say first, which ``second`` is."""
+    first, sure, other = wish
+    refusal = other if second else first
+    rule = {"refusal_logprob": sure - 5.0, "refusal_slope": slope, "refusal_relevance": -1.0}
+    said = calibrated(refusal, **rule).query(QUESTION, max_new_tokens=1)
+    assert said.text == (refusal if refuses else first if second else other).strip()
+    assert said.found is not refuses
+
+
 def test_only_the_refusal_is_held_back_and_only_at_the_start(
     calibrated: Open, wish: tuple[str, float, str]
 ) -> None:

@@ -1,15 +1,15 @@
 """The few numbers beside the weights, chosen on training articles that were kept out of training.
 
 Lexical weight and least score come from ranking; how much evidence to read comes from the loss of the
-right answer after that evidence; how sure a refusal has to be comes from questions whose passage is
-masked. Nothing here ever sees an evaluation file.
+right answer after that evidence; when to refuse comes from questions whose passage is masked. Nothing here
+ever sees an evaluation file.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -31,7 +31,7 @@ from msa_memory.engine.train.exercises import held_out
 from msa_memory.engine.train.run import Paused
 from msa_memory.errors import ConfigError
 
-__all__ = ["CalibrationOptions", "calibrate", "choose_threshold"]
+__all__ = ["CalibrationOptions", "calibrate", "choose_threshold", "refusal_rule"]
 
 LEXICAL_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0)
 SHARES = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -41,6 +41,10 @@ MAX_EVIDENCE_TOKENS = 1024
 READ_ON = date(2020, 1, 1)
 Scores = NDArray[np.float32]
 Item = TypeVar("Item")
+Doubt = tuple[float, float]
+"""Log-probability that an answer begins as a refusal, and the relevance of the best passage."""
+LEAST_LOGPROB = -20.0
+NEWTON_STEPS, RIDGE = 12, 1e-3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +100,7 @@ def calibrate(
     deadline: float | None = None,
     report: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """Choose lexical_weight, min_score, evidence_share, evidence_documents and refusal_logprob.
+    """Choose lexical_weight, min_score, evidence_share, evidence_documents and the rule for refusals.
 
     Returns:
         ``calibration``, to be merged into the model's own, and ``curves`` that say why.
@@ -127,13 +131,13 @@ def calibrate(
     losses = _evidence_losses(reader, some, weight, told)
     share, most = min(losses, key=lambda choice: (round(losses[choice], 4), -choice[0], choice[1]))
     refusals = _refusals(reader, some, weight, share, most, told)
-    sure, rates = _refusal_threshold(refusals, options.lost_to_refusal)
+    rule, rates = refusal_rule(refusals["present"], refusals["absent"], options.lost_to_refusal)
     calibration = {
         "lexical_weight": weight,
         "min_score": round(least, 4),
         "evidence_share": share,
         "evidence_documents": most,
-        "refusal_logprob": round(sure, 4),
+        **{name: round(value, 4) for name, value in rule.items()},
     }
     curves = {
         "mrr@10 by lexical_weight": weights,
@@ -257,11 +261,9 @@ class _Reader:
 
     @torch.inference_mode()
     def refusal(self, one: _Ranked, numbers: Sequence[int]) -> float:
-        """Log-probability that the answer begins as a refusal; -inf where something else is likelier."""
+        """Log-probability that the answer begins as a refusal."""
         _, logits = self.start(one, numbers)
         first = self.engine.tokenizer.encode(self.engine.prompt.layout.refusal)[0]
-        if int(logits.argmax()) != first:
-            return -np.inf
         return float(logits.float().log_softmax(-1)[first])
 
 
@@ -282,16 +284,17 @@ def _evidence_losses(
 
 def _refusals(
     reader: _Reader, ranked: Sequence[_Ranked], weight: float, share: float, most: int, told: _Reports
-) -> Mapping[str, list[float]]:
-    """Refusal log-probabilities of questions whose passage is read, and of those whose passage is masked."""
-    found: dict[str, list[float]] = {"present": [], "absent": []}
+) -> dict[str, list[Doubt]]:
+    """Doubts about questions whose passage is read, and about those whose passage is masked."""
+    found: dict[str, list[Doubt]] = {"present": [], "absent": []}
     for _, one in told.over("Refusing", ranked):
-        numbers = reader.choose(one.relevance(weight), share, most)
+        scores = one.relevance(weight)
+        numbers = reader.choose(scores, share, most)
         if set(numbers) & set(one.gold):
-            found["present"].append(reader.refusal(one, numbers))
-        masked = _masked(one)
-        without = reader.choose(masked.without_gold(weight), share, most)
-        found["absent"].append(reader.refusal(masked, without))
+            found["present"].append((reader.refusal(one, numbers), float(scores.max())))
+        masked, scores = _masked(one), one.without_gold(weight)
+        without = reader.choose(scores, share, most)
+        found["absent"].append((reader.refusal(masked, without), float(scores.max())))
     return found
 
 
@@ -308,13 +311,48 @@ def _masked(one: _Ranked) -> _Ranked:
     return _Ranked(one.asked, one.gold, one.routers, one.words, selections)
 
 
-def _refusal_threshold(found: Mapping[str, Sequence[float]], lost: float) -> tuple[float, dict[str, float]]:
-    """How likely a refusal has to be so that at most a share ``lost`` of answerable questions is refused."""
-    allowed = int(lost * len(found["present"]))
-    likely = sorted(found["present"], reverse=True)
-    worst = likely[allowed] if allowed < len(likely) else -np.inf
-    sure = min(0.0, float(np.nextafter(worst, np.inf))) if np.isfinite(worst) else -20.0
+def refusal_rule(
+    present: Sequence[Doubt], absent: Sequence[Doubt], lost: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """When to refuse: how likely a refusal has to be, by the relevance of the best passage.
+
+    The two are weighed by logistic regression, and the line is moved to where at most a share ``lost`` of
+    the answerable questions is refused. Without two kinds of questions only the likelihood counts.
+
+    Returns:
+        The calibration, and the shares that it refuses.
+    """
+    slope = _slope(present, absent) if len(present) > 1 and len(absent) > 1 else 0.0
+    middle = float(np.median([relevance for _, relevance in [*present, *absent]]))
+
+    def surplus(doubt: Doubt) -> float:
+        logprob, relevance = doubt
+        return logprob - slope * (relevance - middle)
+
+    likely = sorted(map(surplus, present), reverse=True)
+    allowed = int(lost * len(likely))
+    least = likely[allowed] if allowed < len(likely) else LEAST_LOGPROB if likely else 0.0
+    least = round(max(least, LEAST_LOGPROB), 4) + 0.0001  # what is written has four decimals
     rates = {
-        side: sum(value >= sure for value in values) / max(1, len(values)) for side, values in found.items()
+        side: sum(surplus(doubt) >= least for doubt in doubts) / max(1, len(doubts))
+        for side, doubts in (("present", present), ("absent", absent))
     }
-    return sure, rates
+    rule = {"refusal_logprob": least, "refusal_slope": slope, "refusal_relevance": middle}
+    return rule, rates
+
+
+def _slope(present: Sequence[Doubt], absent: Sequence[Doubt]) -> float:
+    """Nats that one unit of relevance makes up for; at least 0."""
+    rows = torch.tensor([*present, *absent], dtype=torch.float64).clamp(min=LEAST_LOGPROB)
+    labels = torch.tensor([0.0] * len(present) + [1.0] * len(absent), dtype=torch.float64)
+    weights = torch.where(labels > 0, 0.5 / len(absent), 0.5 / len(present))  # both kinds count alike
+    mean, spread = rows.mean(0), rows.std(0).clamp(min=1e-6)
+    normed = torch.cat(((rows - mean) / spread, torch.ones(len(rows), 1, dtype=torch.float64)), 1)
+    chosen = torch.zeros(3, dtype=torch.float64)
+    for _ in range(NEWTON_STEPS):
+        said = (normed @ chosen).sigmoid()
+        gradient = normed.T @ (weights * (said - labels)) + RIDGE * chosen
+        curvature = (normed.T * (weights * said * (1 - said))) @ normed + RIDGE * torch.eye(3).double()
+        chosen = chosen - torch.linalg.solve(curvature, gradient)
+    likelihood, relevance = (chosen[:2] / spread).tolist()
+    return round(max(0.0, -relevance / likelihood), 4) if likelihood > 0 else 0.0
