@@ -1,9 +1,8 @@
 """How the default model is made, from the data files to the files that ship, stage by stage.
 
 One call does as much as its time allows and the next goes on: tuning to read and to refuse, routers on half
-of the articles that scout for a third tuning, which learns to remember and to route, the final routers on
-the tuned model, a folder that opens, and calibration. Stages that are done, with the same recipe and data,
-are skipped.
+of the articles that scout for a third tuning, in which layers learn to route, the final routers on the tuned
+model, a folder that opens, and calibration. Stages that are done, with the same recipe and data, are skipped.
 """
 
 from __future__ import annotations
@@ -54,27 +53,26 @@ class Recipe:
             window=220, row_tokens=900, absent_rows=0.45, alone_rows=0.5, seed=1
         )
     )
-    remember: AdapterTraining = field(
+    scouts: RouterTraining = field(default_factory=lambda: RouterTraining(steps=300))
+    route: AdapterTraining = field(
         default_factory=lambda: AdapterTraining(
-            steps=220,
-            rows_per_step=10,
+            steps=180,
+            rows_per_step=5,
             micro_batch_tokens=1800,
             attention_from=0,
-            learning_rate=8e-4,
-            routed_questions=24,
+            learning_rate=5e-4,
+            routed_questions=32,
+            routing_share=1.0,
             seed=2,
         )
     )
-    remember_rows: MixtureOptions = field(
+    route_rows: MixtureOptions = field(
         default_factory=lambda: MixtureOptions(
-            recall_rows=0.6, alone_rows=1.0, absent_rows=0.45, borrows=6, seed=2
+            window=160, row_tokens=640, absent_rows=0.45, alone_rows=0.5, seed=2
         )
     )
     chats: int = 240
-    remember_chats: int = 60
-    chunk: int = 16
-    """Tokens per pooled chunk of content from the third tuning on."""
-    scouts: RouterTraining = field(default_factory=lambda: RouterTraining(steps=300))
+    route_chats: int = 60
     routers: RouterTraining = field(default_factory=RouterTraining)
     lexical: bool = False
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
@@ -142,33 +140,30 @@ def train_default_model(job: DefaultModel, tell: Tell = quiet) -> Path:
         about = [given, asdict(training), recipe.lexical, str(job.teacher is not None)]
         return _stage(routers.out, about, partial(train_router_files, routers, tell))
 
-    read, recall, remember = (work / name / "adapter.safetensors" for name in ("read", "recall", "remember"))
+    read, recall, route = (work / name / "adapter.safetensors" for name in ("read", "recall", "route"))
     given = tune("read", recipe.read_rows, recipe.read, given, chats=recipe.chats)
     given = tune("recall", recipe.recall_rows, recipe.recall, given, chats=recipe.chats, start=read)
     given = teach("scouts", recipe.scouts, given, scouts=True, adapter=recall, work=work / "scouts-hidden")
     given = tune(
-        "remember",
-        recipe.remember_rows,
-        recipe.remember,
+        "route",
+        recipe.route_rows,
+        recipe.route,
         given,
-        chats=recipe.remember_chats,
+        chats=recipe.route_chats,
         start=recall,
         routers=work / "scouts",
-        chunk=recipe.chunk,
     )
-    given = teach(
-        "routers", recipe.routers, given, adapter=remember, work=work / "hidden", chunk=recipe.chunk
-    )
+    given = teach("routers", recipe.routers, given, adapter=route, work=work / "hidden")
     calibration = CalibrateJob(
         **common,
         out=work / "calibrated",
         routers=work / "routers",
-        adapter=remember,
+        adapter=route,
         options=recipe.calibration,
     )
     about = [given, asdict(recipe.calibration)]
     _stage(calibration.out, about, partial(calibrate_files, calibration, tell))
-    return _result(job, remember)
+    return _result(job, route)
 
 
 def _stage(folder: Path, about: list[Any], do: Callable[[], Any]) -> str:

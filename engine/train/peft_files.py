@@ -28,16 +28,17 @@ def export_peft(adapter: Path, folder: Path, *, base_model: str, overwrite: bool
         ConflictError: ``folder`` is not empty and ``overwrite`` is false.
     """
     found = load_adapter(adapter)
-    places = [match.groups() for match in map(_LAYER.fullmatch, found.pairs) if match]
+    places = {match.groups() for match in map(_LAYER.fullmatch, found.pairs) if match}
+    layers, targets = ({place[side] for place in places} for side in (0, 1))
+    even = len(places) == len(layers) * len(targets)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": found.rank,
         "lora_alpha": int(found.alpha) if found.alpha == int(found.alpha) else found.alpha,
-        "target_modules": sorted({target for _, target in places}),
-        "layers_to_transform": sorted({int(layer) for layer, _ in places}),
-        "layers_pattern": "layers",
+        "target_modules": sorted(targets if even else found.pairs),
+        **({"layers_to_transform": sorted(map(int, layers)), "layers_pattern": "layers"} if even else {}),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

@@ -93,6 +93,12 @@ def train_router(
         ),
     ] = None,
     teacher_share: Annotated[float | None, typer.Option(help="What the teacher's order counts.")] = None,
+    scouts: Annotated[
+        bool,
+        typer.Option(
+            "--scouts", help="Learn half of the articles, for `train adapter --routers` to learn from."
+        ),
+    ] = False,
     steps: Steps = None,
     batch_size: Annotated[int | None, typer.Option(help="Questions per step.")] = None,
     learning_rate: LearningRate = None,
@@ -131,6 +137,7 @@ def train_router(
             top_k=top_k,
             lexical=lexical,
             teacher=teacher,
+            scouts=scouts,
             dev_passages=dev_passages or (),
             dev_questions=dev_questions or (),
             device=device,
@@ -170,8 +177,25 @@ def train_adapter(
     rank: Rank = None,
     alpha: Alpha = None,
     first_layer: FirstLayer = None,
+    attention_from: Annotated[
+        int | None, typer.Option(help="Layers from here to the first adapt their attention alone.")
+    ] = None,
     targets: Annotated[str | None, typer.Option(metavar="NAME,NAME", help="Linear layers to adapt.")] = None,
     learning_rate: LearningRate = None,
+    routers: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            metavar="FOLDER",
+            help="Routers to learn routing under, of `train router --scouts`; else the model's own.",
+        ),
+    ] = None,
+    routed_questions: Annotated[
+        int | None, typer.Option(help="Questions per step whose passages the layers learn to tell apart.")
+    ] = None,
+    routing_share: Annotated[float | None, typer.Option(help="What their loss counts.")] = None,
+    chunk: Annotated[int | None, typer.Option(help="Tokens per pooled key and value.")] = None,
     chats: Annotated[int, typer.Option(help="Plain conversations to keep; 0 for none.")] = 240,
     window: Annotated[int | None, typer.Option(help="Longest cut of a passage, in tokens.")] = None,
     row_tokens: Annotated[
@@ -182,6 +206,9 @@ def train_adapter(
     ] = None,
     alone_rows: Annotated[
         float | None, typer.Option(help="Share of memory rows with nothing else in memory.")
+    ] = None,
+    recall_rows: Annotated[
+        float | None, typer.Option(help="Share of rows that answer from memory or repeat it.")
     ] = None,
     evaluate_every: EvaluateEvery = 60,
     save_every_s: SaveEvery = 300.0,
@@ -208,14 +235,22 @@ def train_adapter(
             rank=rank,
             alpha=alpha,
             first_layer=first_layer,
+            attention_from=attention_from,
             targets=None if targets is None else tuple(targets.split(",")),
             learning_rate=learning_rate,
+            routed_questions=routed_questions,
+            routing_share=routing_share,
             seed=seed,
         )
     )
     mixture = MixtureOptions(
         **_given(
-            window=window, row_tokens=row_tokens, absent_rows=absent_rows, alone_rows=alone_rows, seed=seed
+            window=window,
+            row_tokens=row_tokens,
+            absent_rows=absent_rows,
+            alone_rows=alone_rows,
+            recall_rows=recall_rows,
+            seed=seed,
         )
     )
     deadline = _deadline(minutes)
@@ -227,6 +262,8 @@ def train_adapter(
             model=model or DEFAULT_MODEL,
             unanswerable=unanswerable or (),
             start=start,
+            routers=routers,
+            chunk=chunk,
             chats=chats,
             device=device,
             evaluate_every=evaluate_every,

@@ -219,8 +219,8 @@ def test_the_fidelity_curve(data: Path, tmp_path: Path) -> None:
     assert small["kv_bytes_per_token"] == 8 * large["kv_bytes_per_token"]
 
 
-def some_adapter(path: Path) -> Adapter:
-    """Layers 1 and 2, two targets, as our training writes it."""
+def some_adapter(path: Path, *, even: bool = True) -> Adapter:
+    """Layers 1 and 2, two targets, as our training writes it; layer 1's attention alone if not ``even``."""
     random = torch.Generator().manual_seed(0)
     shapes = {"self_attn.q_proj": (128, 128), "mlp.down_proj": (128, 160)}
     pairs = {
@@ -230,6 +230,7 @@ def some_adapter(path: Path) -> Adapter:
         )
         for layer in (1, 2)
         for name, shape in shapes.items()
+        if even or (layer, name) != (1, "mlp.down_proj")
     }
     adapter = Adapter(rank=2, alpha=4.0, pairs=pairs)
     save_adapter(adapter, path)
@@ -247,10 +248,11 @@ class TestPeft:
             assert torch.equal(back.pairs[module][0], a)
             assert torch.equal(back.pairs[module][1], b)
 
-    def test_peft_computes_what_the_engine_merges(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("even", [True, False])
+    def test_peft_computes_what_the_engine_merges(self, tmp_path: Path, even: bool) -> None:
         peft = pytest.importorskip("peft")
         transformers = pytest.importorskip("transformers")
-        some_adapter(tmp_path / "a.safetensors")
+        some_adapter(tmp_path / "a.safetensors", even=even)
         export_peft(tmp_path / "a.safetensors", tmp_path / "peft", base_model="base")
         config = json.loads((tiny_model() / "config.json").read_text())
         config = {name: value for name, value in config.items() if name not in ("msa_config", "torch_dtype")}
@@ -299,13 +301,12 @@ SMALL = Recipe(
     read=AdapterTraining(steps=3, rows_per_step=2, rank=2, first_layer=2),
     recall=AdapterTraining(steps=2, rows_per_step=2, rank=2, first_layer=2, seed=1),
     recall_rows=MixtureOptions(alone_rows=0.5, seed=1),
-    remember=AdapterTraining(
+    route=AdapterTraining(
         steps=2, rows_per_step=2, rank=2, first_layer=2, attention_from=1, routed_questions=2, seed=2
     ),
-    remember_rows=MixtureOptions(recall_rows=0.5, seed=2),
+    route_rows=MixtureOptions(recall_rows=0.5, seed=2),
     chats=0,
-    remember_chats=0,
-    chunk=8,
+    route_chats=0,
     scouts=RouterTraining(steps=2, batch_size=4),
     routers=RouterTraining(steps=3, batch_size=4),
     calibration=CalibrationOptions(read=2, distractors=3),
