@@ -13,7 +13,7 @@ import torch
 from common import arguments, compare, rate, report, texts
 from transformers import AutoModelForCausalLM
 
-from msa_memory.engine.bank import Selection
+from msa_memory.engine.bank_view import Selection
 from msa_memory.engine.context import Feed, Sequence, advance
 from msa_memory.engine.engine import Engine, load_engine
 from msa_memory.engine.generation import Generation, decode_ahead

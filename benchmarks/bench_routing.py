@@ -24,7 +24,8 @@ from common import arguments, report
 from torch import Tensor
 
 from msa_memory.engine import ops
-from msa_memory.engine.bank import BankView, MemoryBank
+from msa_memory.engine.bank import MemoryBank
+from msa_memory.engine.bank_view import BankView
 from msa_memory.engine.config import MSAConfig
 
 TOKENS, BEST, QUESTIONS = 24, 16, 5

@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from msa_memory.engine import ops
-from msa_memory.engine.bank import BankView, MemoryBank
+from msa_memory.engine.bank import MemoryBank
+from msa_memory.engine.bank_view import BankView
 from msa_memory.engine.config import MSAConfig
 
 BEST, CHUNK, VECTOR_LAYER = 16, 16, 13

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from common import arguments, report
 
-from msa_memory.engine.bank import Selection
+from msa_memory.engine.bank_view import Selection
 from msa_memory.engine.context import Feed, advance
 from msa_memory.engine.context import Sequence as Row
 from msa_memory.engine.engine import Engine, load_engine

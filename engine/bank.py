@@ -1,74 +1,39 @@
-"""The living bank: routing keys of every passage, resident and scored in fixed blocks.
+"""The living bank: routing keys of every passage, resident in fixed blocks or mapped in sheets.
 
-On a CPU with integer products, blocks that are full have a second, 8-bit copy of their keys (``quantized``).
-It scores all passages approximately; those near the best are settled on the exact keys, so that what is
-chosen, and every score of it, is the exact one. A bank told to be ``exact`` never looks at that copy.
+On a CPU with integer products, blocks that are full have a second, 8-bit copy of their keys (``quantized``);
+of passages in a sheet (``sheets``) nothing but that copy is at hand, mapped from a file for the most part. A
+bank told to be ``exact`` never looks at it. How a question sees all that is ``bank_view``'s business.
 
-Of passages in a sheet (``sheets``) nothing but that copy is at hand, mapped from a file for the most part;
-the exact keys are fetched for those that are settled.
-
-Knows passage numbers, routing keys and how to fetch a passage's K/V; not texts, documents or SQL. A
-``BankView`` is a consistent snapshot with a visibility mask: later adds and removals never reach it.
+Knows passage numbers, routing keys and how to fetch a passage's K/V; not texts, documents or SQL.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msa_memory.engine import ops
+from msa_memory.engine.bank_view import BankView, BlockView, Numbers, SheetView, visibility
 from msa_memory.engine.config import MSAConfig
-from msa_memory.engine.lexical import LexicalIndex, bm25
-from msa_memory.engine.picked_keys import PickedKeys
-from msa_memory.engine.quantized import QuantizedKeys, QuantizedQuery, score_bfloat16, usable
-from msa_memory.engine.runs import RunMaxima
+from msa_memory.engine.exact_keys import ExactKeys, Fetch
+from msa_memory.engine.lexical import LexicalIndex
+from msa_memory.engine.quantized import QuantizedKeys, usable
 from msa_memory.engine.sheets import Pages, Sheet
-from msa_memory.engine.states import PassageStates
-from msa_memory.errors import CheckpointError, NotFoundError, StateDamagedError
+from msa_memory.errors import CheckpointError
 
-__all__ = ["BankView", "MemoryBank", "Selection"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["MemoryBank"]
 
 BLOCK_CHUNKS = 4096
-TILE_CHUNKS = 512
-"""Chunks of one exact product on a CPU, whose keys and results fit its cache."""
 SKIM_EVERY, SKIM_FIRST = 5, 3
 """A skim scores the fourth router layer and every fifth after it, unless the model names others. On 13,359
 passages of real text (default model) all 16 best of each of 60 questions were among the 512 that those three
 layers put first."""
 SKIM_FROM = 131_072
 """Chunks from which on a skim pays, where nobody decides otherwise."""
-SKIM_KEPT = 512
-"""Passages that a skim looks at on all layers."""
-SKIM_BELOW = 2.0
-"""What the estimates of the others are lowered by: cosines differ by at most that."""
-SETTLED = 128
-"""Most relevant passages whose scores are exact on every layer."""
-LEAST_SETTLED = 32
-"""Best passages of one layer whose scores are exact, however few are asked for."""
-EXACT_BYTES = 192 * 1024 * 1024
-"""Exact keys of passages in sheets that are kept, those used last."""
-Fetch = Callable[[int], PassageStates]
-Numbers = NDArray[np.int64]
-Postings = Mapping[int, tuple[Numbers, Numbers]]
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Passages one router layer chose for one question: numbers and scores, best first."""
-
-    numbers: tuple[int, ...]
-    scores: tuple[float, ...]
 
 
 @dataclass(slots=True)
@@ -106,86 +71,6 @@ class _Shelf:
         return numbers
 
 
-class _ExactKeys:
-    """Exact routing keys ``[L, R, G, D]`` of passages in sheets, fetched when asked for."""
-
-    def __init__(self, fetch: Fetch) -> None:
-        self._fetch = fetch
-        self._held: OrderedDict[int, Tensor] = OrderedDict()
-        self._lock = threading.Lock()
-        self.nbytes = 0
-
-    def get(self, number: int) -> Tensor | None:
-        """None for a passage that is gone, or damaged: it is named and stays out."""
-        with self._lock:
-            found = self._held.get(number)
-            if found is not None:
-                self._held.move_to_end(number)
-                return found
-        states = self.read(number)
-        if states is None:
-            return None
-        with self._lock:
-            self.nbytes += states.router_keys.nbytes if number not in self._held else 0
-            self._held[number] = states.router_keys
-            while self.nbytes > EXACT_BYTES and len(self._held) > 1:
-                self.nbytes -= self._held.popitem(last=False)[1].nbytes
-        return states.router_keys
-
-    def read(self, number: int) -> PassageStates | None:
-        """A passage's states, None as of ``get``."""
-        try:
-            return self._fetch(number)
-        except NotFoundError:
-            return None
-        except StateDamagedError as error:
-            logger.warning("left out of this memory until it is repaired: %s", error)
-            return None
-
-    def terms(self, number: int) -> Tensor | None:
-        """A passage's terms, None as of ``get``."""
-        states = self.read(number)
-        return None if states is None else states.terms
-
-    def drop(self, numbers: Iterable[int]) -> None:
-        """Keep nothing of these passages."""
-        with self._lock:
-            for number in numbers:
-                if (keys := self._held.pop(number, None)) is not None:
-                    self.nbytes -= keys.nbytes
-
-
-@dataclass(frozen=True, slots=True)
-class _SheetView:
-    """A sheet as one view sees it; beside ``_BlockView``."""
-
-    sheet: Sheet
-    lengths: Tensor
-    used: int
-    numbers: Numbers
-    visible: NDArray[np.bool_]
-    full: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class _BlockView:
-    keys: Tensor
-    lengths: Tensor
-    used: int
-    numbers: Numbers
-    visible: NDArray[np.bool_]
-    edges: Numbers
-    """Every passage's first chunk, and their end."""
-    quantized: dict[int, QuantizedKeys]
-    full: bool
-
-    def quantize(self, slot: int) -> QuantizedKeys:
-        """The 8-bit copy of one layer, made at the first call."""
-        if slot not in self.quantized:
-            self.quantized[slot] = QuantizedKeys.of(self.keys[slot]).pack()
-        return self.quantized[slot]
-
-
 class MemoryBank:
     """Routing keys of all passages in memory, by passage number.
 
@@ -205,7 +90,7 @@ class MemoryBank:
         self.exact = exact
         self.fetch = fetch
         self.device = torch.device(device)
-        self._exact_keys = _ExactKeys(fetch)
+        self._exact_keys = ExactKeys(fetch)
         self.lexical = LexicalIndex(self._exact_keys.terms)
         self._blocks: list[_Block] = []
         self._shelves: list[_Shelf] = []
@@ -309,22 +194,22 @@ class MemoryBank:
             home.sheet.numbers if isinstance(home, _Shelf) else np.array(home.numbers, dtype=np.int64)
             for home in homes
         ]
-        views: list[_BlockView | _SheetView] = []
+        views: list[BlockView | SheetView] = []
         quantizes = self._quantizes()
-        for home, numbers, mask in zip(homes, parts, _masks(parts, visible), strict=True):
+        for home, numbers, mask in zip(homes, parts, visibility(parts, visible), strict=True):
             if isinstance(home, _Shelf):
                 mask &= home.live
             if not mask.any():
                 continue
             if isinstance(home, _Shelf):
                 sheet = home.sheet
-                views.append(_SheetView(sheet, torch.from_numpy(sheet.lengths), sheet.used, numbers, mask))
+                views.append(SheetView(sheet, torch.from_numpy(sheet.lengths), sheet.used, numbers, mask))
             else:
                 lengths = torch.tensor(home.lengths, device=self.device)
                 edges = np.cumsum([0, *home.lengths])
                 full = quantizes and home is not self._blocks[-1]
                 copies = home.quantized
-                views.append(_BlockView(home.keys, lengths, home.used, numbers, mask, edges, copies, full))
+                views.append(BlockView(home.keys, lengths, home.used, numbers, mask, edges, copies, full))
         view = BankView(self.msa, views, self.fetch, self.lexical, self._exact_keys)
         chunks = sum(one.used for one in views)
         suited = self.msa.router_normalize and not self.exact and len(self.msa.router_layers) > SKIM_FIRST
@@ -344,7 +229,7 @@ class MemoryBank:
     def quantize(self) -> None:
         """Make the 8-bit copies of all full blocks now, which questions else do one block at a time."""
         for block in self.view()._blocks if self._quantizes() else ():
-            if isinstance(block, _BlockView) and block.full:
+            if isinstance(block, BlockView) and block.full:
                 for slot in range(len(block.keys)):
                     block.quantize(slot)
 
@@ -386,329 +271,3 @@ class MemoryBank:
             read += length
         block.keys, block.numbers, block.lengths, block.used = kept, numbers, lengths, write
         block.quantized = {}
-
-
-class BankView:
-    """What one question may see of a bank, frozen at the time it was taken."""
-
-    skims = False
-    """Whether questions that attend to no memory should ``skim`` instead of scoring layer by layer."""
-    skim_slots: tuple[int, ...] = ()
-    """The router layers that a skim scores in full, by their place among them."""
-
-    def __init__(
-        self,
-        msa: MSAConfig,
-        blocks: Sequence[_BlockView | _SheetView],
-        fetch: Fetch,
-        lexical: LexicalIndex,
-        exact: _ExactKeys,
-    ) -> None:
-        self.msa = msa
-        self.fetch = fetch
-        self._lexical = lexical
-        self._exact_keys = exact
-        self._blocks = tuple(blocks)
-        parts = [block.numbers for block in blocks]
-        masks = [block.visible for block in blocks]
-        self.numbers: Numbers = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
-        self.visible = np.concatenate(masks) if masks else np.empty(0, dtype=bool)
-
-    def __len__(self) -> int:
-        """Passages that can be chosen."""
-        return int(self.visible.sum())
-
-    def without(self, numbers: Iterable[int]) -> BankView:
-        """The same snapshot with more passages masked."""
-        masked = np.fromiter(numbers, dtype=np.int64)
-        masks = _masks([block.numbers for block in self._blocks], masked)
-        blocks = [replace(b, visible=b.visible & ~mask) for b, mask in zip(self._blocks, masks, strict=True)]
-        view = BankView(self.msa, blocks, self.fetch, self._lexical, self._exact_keys)
-        view.skims, view.skim_slots = self.skims, self.skim_slots
-        return view
-
-    def score_words(self, terms: frozenset[int]) -> NDArray[np.float32]:
-        """BM25 of all passages of ``numbers`` for a question's terms, 0..1; masked passages score 0."""
-        lengths, postings = self.words(terms)
-        return bm25(postings, terms, self.numbers, lengths, self.visible)
-
-    def words(self, terms: Iterable[int]) -> tuple[NDArray[np.float32], Postings]:
-        """What ``score_words`` goes by: words per passage of ``numbers``, and the postings of these terms."""
-        return self._lexical.lengths(self.numbers), self._lexical.postings(terms)
-
-    def score(self, slot: int, query: Tensor, *, best: int | None = None) -> NDArray[np.float32]:
-        """Scores of all passages of ``numbers`` for router queries ``[T, H, D]`` on router layer ``slot``.
-
-        Masked passages score -inf. Products have one shape, so a passage's score does not depend on the
-        others, nor on how full its block is. With ``best`` only that many of the highest need be exact, and
-        at least 32 are; the others may come from 8-bit keys, with small errors.
-        """
-        if best is not None and any(block.full for block in self._blocks):
-            return self._score_quantized(slot, query, max(best, LEAST_SETTLED))
-        parts = [self._score_block(place, slot, query) for place in range(len(self._blocks))]
-        scores = np.concatenate(parts) if parts else np.empty(0, dtype=np.float32)
-        return np.where(self.visible, scores, np.float32(-np.inf))
-
-    def settle(
-        self,
-        scores: NDArray[np.float32],
-        queries: Sequence[Tensor],
-        bonus: NDArray[np.float32] | float = 0.0,
-        count: int = 0,
-    ) -> NDArray[np.float32]:
-        """Scores ``[L, P]`` with those of the most relevant passages exact on every layer.
-
-        Relevant is what has the highest weighted mean over the layers, plus ``bonus`` ``[P]``: ``count`` of
-        them, and at least 128, as the scores say that are returned. ``queries`` are each layer's router
-        queries.
-        """
-        count = max(count, SETTLED)
-        if not any(block.full for block in self._blocks) or (self.skims and count == SETTLED):
-            return scores  # exact where it matters
-        settled, done = scores.copy(), np.zeros(len(self.numbers), dtype=bool)
-        while True:  # an exact score may be lower than it looked, and let another one in
-            best = _highest(self.msa.mean_of_layers(settled) + bonus, count)
-            chosen = best[~done[best]]
-            if not len(chosen):
-                return settled
-            self._settle(settled, queries, chosen)
-            done[chosen] = True
-
-    def _settle(self, scores: NDArray[np.float32], queries: Sequence[Tensor], chosen: Numbers) -> None:
-        """Put the exact scores of these places in; what cannot be read scores -inf everywhere."""
-        for start in range(0, len(chosen), SKIM_KEPT):
-            part = chosen[start : start + SKIM_KEPT]
-            picked, lengths = self._pick(part), torch.from_numpy(self._lengths[part])
-            for slot, query in enumerate(queries):
-                scores[slot, part] = self._reduce(self._score_rows(picked.layer(slot), query), lengths)
-        scores[:, ~self.visible] = -np.inf
-
-    def skim(
-        self,
-        queries: Sequence[Tensor],
-        bonus: NDArray[np.float32] | float = 0.0,
-        *,
-        best: int | None = None,
-    ) -> NDArray[np.float32]:
-        """Scores ``[L, P]`` of all layers, from a full pass over a few of them.
-
-        The 512 passages with the highest mean over those layers, plus ``bonus`` ``[P]``, are looked at on
-        every layer. What may be among the 128 most relevant of them, or among the ``best`` of a layer, gets
-        its exact scores on every layer. The others keep that first mean, lowered by 2 so that none comes
-        before those. The choice depends on nothing but the visible passages' keys: there is no index to
-        build, to keep or to erase.
-        """
-        rough = np.mean([self._score_first(slot, queries[slot]) for slot in self.skim_slots], axis=0)
-        scores = np.repeat((rough - np.float32(SKIM_BELOW))[None], len(queries), axis=0)
-        kept = _highest(rough + bonus, SKIM_KEPT)
-        self._settle(scores, queries, self._second_look(queries, kept, bonus, best))
-        return scores
-
-    def _second_look(
-        self,
-        queries: Sequence[Tensor],
-        kept: Numbers,
-        bonus: NDArray[np.float32] | float,
-        best: int | None,
-    ) -> Numbers:
-        """Which of the passages ``kept`` of a skim need exact scores; all of them where that is quickest."""
-        if len(kept) <= SETTLED:
-            return kept
-        scale = self.msa.score_scale(queries[0].shape[-1])
-        picked, passages = self._pick(kept), RunMaxima(self._lengths[kept])
-        scores = np.empty((len(queries), len(kept)), dtype=np.float32)
-        errors = np.empty(len(queries))
-        chunks = torch.empty(passages.total)
-        for slot, query in enumerate(queries):
-            asked = QuantizedQuery.of(query, self._groups, self.msa.query_reduce)
-            error = self._score_roughly(asked, picked.layer(slot), chunks, scale)
-            if error is None or self.msa.chunk_reduce == "mean":
-                return kept
-            errors[slot], scores[slot] = error, passages.of(chunks).numpy()
-        scores[:, ~self.visible[kept]] = -np.inf
-        shift = np.broadcast_to(np.asarray(bonus, dtype=np.float32), self.numbers.shape)[kept]
-        weights = self.msa.layer_weights or [1 / len(errors)] * len(errors)
-        margin = 2 * float(np.linalg.norm(errors * weights))  # layers err independently
-        needed = {*_highest(self.msa.mean_of_layers(scores) + shift, SETTLED, margin).tolist()}
-        for layer, error in zip(scores, errors.tolist(), strict=True):
-            needed.update(_highest(layer, best or 0, 2 * error).tolist())
-        return kept[sorted(needed)]
-
-    def _score_block(self, place: int, slot: int, query: Tensor) -> NDArray[np.float32]:
-        block = self._blocks[place]
-        return self._reduce(self._score_rows(self._block_keys(place, slot), query), block.lengths)
-
-    def _pick(self, chosen: Numbers) -> PickedKeys:
-        """Exact keys of the passages at these ascending places of ``numbers``.
-
-        A passage that cannot be read becomes invisible; zeros stand for it.
-        """
-        picked = PickedKeys()
-        edges = np.searchsorted(chosen, self._firsts)
-        for place in np.flatnonzero(np.diff(edges)).tolist():
-            self._pick_of_block(picked, place, chosen[edges[place] : edges[place + 1]] - self._firsts[place])
-        return picked
-
-    def _pick_of_block(self, picked: PickedKeys, place: int, inside: Numbers) -> None:
-        block = self._blocks[place]
-        if isinstance(block, _BlockView):
-            starts, ends = block.edges[inside].tolist(), block.edges[inside + 1].tolist()
-            picked.add_rows(block.keys, list(zip(starts, ends, strict=True)))
-            return
-        layers, groups, dim = block.sheet.shape
-        for index in inside.tolist():
-            keys = self._exact_keys.get(int(block.numbers[index])) if block.visible[index] else None
-            if keys is None:
-                self.visible[int(self._firsts[place]) + index] = False
-                keys = torch.zeros(layers, int(block.sheet.lengths[index]), groups, dim)
-            picked.add(keys)
-
-    def _block_keys(self, place: int, slot: int) -> Tensor:
-        """Exact keys ``[C, G, D]`` of all passages of a block, as ``_pick`` does."""
-        block = self._blocks[place]
-        if isinstance(block, _BlockView):
-            return block.keys[slot, : block.used]
-        picked = PickedKeys()
-        self._pick_of_block(picked, place, np.arange(len(block.numbers)))
-        return picked.layer(slot)
-
-    def _score_rows(self, keys: Tensor, query: Tensor) -> Tensor:
-        """Exact scores ``[C]`` of chunks ``[C, G, D]``."""
-        return ops.score_tiles(
-            query,
-            keys,
-            TILE_CHUNKS,
-            head_reduce=self.msa.head_reduce,
-            query_reduce=self.msa.query_reduce,
-            scale=self.msa.score_scale(query.shape[-1]),
-        )
-
-    def _reduce(self, chunks: Tensor, lengths: Tensor) -> NDArray[np.float32]:
-        scores: NDArray[np.float32] = (
-            ops.reduce_passages(chunks, lengths, self.msa.chunk_reduce).cpu().numpy()
-        )
-        return scores
-
-    def _score_first(self, slot: int, query: Tensor) -> NDArray[np.float32]:
-        """Scores for a skim: approximate ones, where there are some."""
-        if any(block.full for block in self._blocks):
-            return self._score_approximately(slot, query)[0]
-        return self.score(slot, query)
-
-    def _score_quantized(self, slot: int, query: Tensor, best: int) -> NDArray[np.float32]:
-        scores, error = self._score_approximately(slot, query)
-        done = np.zeros(len(scores), dtype=bool)
-        while True:  # a second time only where some could not be read, and others take their places
-            chosen = _highest(scores, best, 2 * error)
-            chosen = chosen[~done[chosen]]
-            scores[chosen] = self._score_some(slot, query, chosen)
-            done[chosen] = True
-            if np.isfinite(scores[chosen]).all():
-                return scores
-
-    def _score_approximately(self, slot: int, query: Tensor) -> tuple[NDArray[np.float32], float]:
-        """Scores of all passages and by how much one may differ from the exact score."""
-        scale = self.msa.score_scale(query.shape[-1])
-        quantized = QuantizedQuery.of(query, self._groups, self.msa.query_reduce)
-        chunks = torch.empty(sum(block.used for block in self._blocks))
-        error, spare, start = 0.0, 1, 0
-        for place, block in enumerate(self._blocks):
-            part = chunks[start : start + block.used]
-            start += block.used
-            found: float | None
-            if isinstance(block, _SheetView):
-                found = block.sheet.score(slot, quantized, part, scale)
-            elif block.full and (slot in block.quantized or spare):  # no question waits for two copies
-                spare -= slot not in block.quantized
-                keys = block.quantize(slot)
-                keys.score(quantized, part, scale)
-                found = keys.error(quantized) * scale
-            else:
-                found = self._score_roughly(quantized, block.keys[slot, : block.used], part, scale)
-            if found is None:
-                part[:] = self._score_rows(self._block_keys(place, slot), query)
-            else:
-                error = max(error, found)
-        return np.where(self.visible, self._reduce_all(chunks), np.float32(-np.inf)), error
-
-    def _score_roughly(self, query: QuantizedQuery, keys: Tensor, out: Tensor, scale: float) -> float | None:
-        found = score_bfloat16(query, keys) if self.msa.router_normalize else None
-        if found is None:
-            return None
-        torch.mul(found[0], scale, out=out)
-        return found[1] * scale
-
-    def _reduce_all(self, chunks: Tensor) -> NDArray[np.float32]:
-        """Scores of all passages from those of all chunks."""
-        if self.msa.chunk_reduce == "mean":
-            return self._reduce(chunks, torch.from_numpy(self._lengths))
-        best: NDArray[np.float32] = self._passages.of(chunks).numpy()
-        return best
-
-    @cached_property
-    def _passages(self) -> RunMaxima:
-        return RunMaxima(self._lengths)
-
-    @cached_property
-    def _lengths(self) -> Numbers:
-        return np.concatenate([block.lengths.numpy() for block in self._blocks])
-
-    def _score_some(self, slot: int, query: Tensor, chosen: Numbers) -> NDArray[np.float32]:
-        """Exact scores of the passages at these ascending places of ``numbers``; -inf where one is lost."""
-        if not len(chosen):
-            return np.empty(0, dtype=np.float32)
-        chunks = self._score_rows(self._pick(chosen).layer(slot), query)
-        scores = self._reduce(chunks, torch.from_numpy(self._lengths[chosen]))
-        return np.where(self.visible[chosen], scores, np.float32(-np.inf))
-
-    @cached_property
-    def _firsts(self) -> Numbers:
-        """Every block's first passage's place in ``numbers``, and their end."""
-        return np.cumsum([0, *(len(block.numbers) for block in self._blocks)])
-
-    @cached_property
-    def _groups(self) -> int:
-        block = self._blocks[0]
-        return block.sheet.shape[1] if isinstance(block, _SheetView) else block.keys.shape[2]
-
-    def select(self, scores: NDArray[np.float32], k: int) -> Selection:
-        """The k best visible passages, fewer when fewer are visible; ties go to the lower number."""
-        k = min(k, len(self))
-        if k <= 0:
-            return Selection((), ())
-        floor = np.partition(scores, len(scores) - k)[len(scores) - k]
-        candidates = np.flatnonzero((scores >= floor) & self.visible)
-        order = np.lexsort((self.numbers[candidates], -scores[candidates]))[:k]
-        best = candidates[order]
-        return Selection(tuple(self.numbers[best].tolist()), tuple(scores[best].tolist()))
-
-    def gather(self, slot: int, numbers: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled keys and values ``[G, M, D]`` of all chunks of these passages, ascending by number."""
-        keys, values = [], []
-        for number in sorted(numbers):
-            states = self.fetch(number)
-            keys.append(states.keys[slot])
-            values.append(states.values[slot])
-        return (
-            torch.cat(keys, dim=1).to(like.device, like.dtype),
-            torch.cat(values, dim=1).to(like.device, like.dtype),
-        )
-
-
-def _masks(parts: Sequence[Numbers], chosen: Numbers | None) -> list[NDArray[np.bool_]]:
-    """Which numbers of each part are among the ``chosen``, all when None; as arrays of their own."""
-    if not parts:
-        return []
-    joined = np.concatenate(parts)
-    mask = np.ones(len(joined), dtype=bool) if chosen is None else np.isin(joined, chosen)
-    return np.split(mask, np.cumsum([len(part) for part in parts])[:-1])
-
-
-def _highest(scores: NDArray[np.float32], count: int, margin: float = 0.0) -> Numbers:
-    """Where the ``count`` highest finite scores are, and others at most ``margin`` lower; ascending."""
-    if count < 1:
-        return np.empty(0, dtype=np.int64)
-    if count < len(scores):
-        floor = np.partition(scores, len(scores) - count)[len(scores) - count] - margin
-        return np.flatnonzero((scores >= floor) & np.isfinite(scores))
-    return np.flatnonzero(np.isfinite(scores))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from msa_memory.engine import ops
-from msa_memory.engine.bank import BankView, Selection
+from msa_memory.engine.bank_view import BankView, Selection
 from msa_memory.engine.cache import SequenceCache
 from msa_memory.engine.config import MSAConfig
 from msa_memory.engine.decoder import Decoder

@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from msa_memory.engine import kernels
-from msa_memory.engine.bank import BLOCK_CHUNKS, BankView, Fetch, MemoryBank, Numbers, Postings, Selection
+from msa_memory.engine.bank import BLOCK_CHUNKS, MemoryBank
+from msa_memory.engine.bank_view import BankView, Numbers, Postings, Selection
 from msa_memory.engine.config import MSAConfig
+from msa_memory.engine.exact_keys import Fetch
 from msa_memory.engine.lexical import LexicalIndex
 from msa_memory.engine.tiers import Fetching, StateTier
 from msa_memory.engine.transfer import sent, sent_numbers

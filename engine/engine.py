@@ -24,7 +24,8 @@ from torch import Tensor
 
 from msa_memory.engine import kernels, ops
 from msa_memory.engine.adapter import Adapter, load_adapter, merge
-from msa_memory.engine.bank import SETTLED, BankView, MemoryBank, Selection
+from msa_memory.engine.bank import MemoryBank
+from msa_memory.engine.bank_view import SETTLED, BankView, Selection
 from msa_memory.engine.checkpoint import Checkpoint, open_checkpoint
 from msa_memory.engine.config import MSAConfig, read_backbone, read_msa
 from msa_memory.engine.context import Feed

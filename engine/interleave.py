@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msa_memory.engine.bank import BankView
+from msa_memory.engine.bank_view import BankView
 from msa_memory.engine.context import Feed, advance
 from msa_memory.engine.context import Sequence as Row
 from msa_memory.engine.decoder import Decoder

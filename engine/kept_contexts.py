@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from msa_memory.engine.bank import Selection
+from msa_memory.engine.bank_view import Selection
 from msa_memory.engine.cache import SequenceCache
 from msa_memory.engine.context import Sequence as Row
 

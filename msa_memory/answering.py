@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from msa_memory.config import MemoryConfig
 from msa_memory.conversation import Conversation
-from msa_memory.engine.bank import BankView, Selection
+from msa_memory.engine.bank_view import BankView, Selection
 from msa_memory.engine.context import Sequence as Row
 from msa_memory.engine.engine import Engine, Routing
 from msa_memory.engine.evidence_choice import near_the_best

@@ -12,8 +12,10 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 from msa_memory.engine import bank as banks
-from msa_memory.engine.bank import BankView, Fetch, MemoryBank
+from msa_memory.engine.bank import MemoryBank
+from msa_memory.engine.bank_view import BankView
 from msa_memory.engine.engine import Engine
+from msa_memory.engine.exact_keys import Fetch
 from msa_memory.engine.grown_contexts import GrownContexts
 from msa_memory.engine.kept_contexts import KeptContexts
 from msa_memory.engine.sheets import Pages, RamPages, SheetPassage, make_sections

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from msa_memory import MemoryConfig, MemoryModel
 from msa_memory.engine import serving
-from msa_memory.engine.bank import Selection
+from msa_memory.engine.bank_view import Selection
 from msa_memory.engine.context import Feed, advance
 from msa_memory.engine.engine import Engine, load_engine
 from msa_memory.engine.kept_contexts import KeptContexts

@@ -203,9 +203,13 @@ def test_every_score_that_is_shown_is_exact(
         memory._bank()._shelves = False
         expected = {question: memory.search(question, k=40) for question in QUESTIONS}
         contexts = [memory.context(question) for question in QUESTIONS]
-    for module, name, value in (("bank", "SETTLED", 2), ("engine", "SETTLED", 2), ("bank", "SKIM_KEPT", 40)):
+    for module, name, value in (
+        ("bank_view", "SETTLED", 2),
+        ("engine", "SETTLED", 2),
+        ("bank_view", "SKIM_KEPT", 40),
+    ):
         monkeypatch.setattr(f"msa_memory.engine.{module}.{name}", value)
-    monkeypatch.setattr("msa_memory.engine.bank.LEAST_SETTLED", 1)
+    monkeypatch.setattr("msa_memory.engine.bank_view.LEAST_SETTLED", 1)
     with open_memory(shelved, config=MemoryConfig(routing=routing)) as memory:
         for question, sources in expected.items():
             for k in (1, 3, 17, 40):

@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from msa_memory.engine.bank import BankView, MemoryBank
+from msa_memory.engine.bank import MemoryBank
+from msa_memory.engine.bank_view import BankView
 from msa_memory.engine.config import MSAConfig, read_backbone, read_msa
 from msa_memory.engine.context import Feed, Sequence, advance
 from msa_memory.engine.decoder import Decoder

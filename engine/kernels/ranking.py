@@ -1,7 +1,7 @@
 """Ranks as sortable numbers, and the merge of partial top-k lists.
 
 A passage with its score is one int64: the score's bits, made ordered, above the complement of the passage
-number. Larger is better and equal scores go to the lower number, as in ``engine.bank``, so ranking needs
+number. Larger is better and equal scores go to the lower number, as in ``engine.bank_view``, so ranking needs
 one comparison and no tie rule, and lists of several blocks, devices or hosts merge in any order.
 """
 

@@ -19,9 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msa_memory.engine.bank import SETTLED, BankView, Fetch, MemoryBank, Numbers, Postings
+from msa_memory.engine.bank import MemoryBank
+from msa_memory.engine.bank_view import SETTLED, BankView, Numbers, Postings
 from msa_memory.engine.config import MSAConfig
 from msa_memory.engine.engine import Engine
+from msa_memory.engine.exact_keys import Fetch
 from msa_memory.engine.parallel.cluster import Cluster, joined
 from msa_memory.engine.parallel.shard import Shard
 from msa_memory.engine.parallel.wire import pack, packed_bytes, unpack

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from msa_memory.engine.bank import BankView
+from msa_memory.engine.bank_view import BankView
 from msa_memory.engine.engine import Engine, Routing
 from msa_memory.engine.interleave import Interleave, InterleaveOptions
 from msa_memory.engine.parallel.bank import ShardedBank

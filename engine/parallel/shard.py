@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msa_memory.engine.bank import BankView, MemoryBank, Numbers
+from msa_memory.engine.bank import MemoryBank
+from msa_memory.engine.bank_view import BankView, Numbers
 from msa_memory.engine.config import MSAConfig
 from msa_memory.engine.device_bank import DeviceBank
 from msa_memory.engine.engine import Engine

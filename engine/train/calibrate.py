@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msa_memory.engine.bank import BankView, Selection
+from msa_memory.engine.bank_view import BankView, Selection
 from msa_memory.engine.context import Feed, advance
 from msa_memory.engine.context import Sequence as Row
 from msa_memory.engine.engine import Engine

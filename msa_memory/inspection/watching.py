@@ -17,7 +17,7 @@ from torch import Tensor
 from msa_memory.answering import AnswerOptions, Asking
 from msa_memory.documents import check_question
 from msa_memory.engine import ops
-from msa_memory.engine.bank import BankView, Selection
+from msa_memory.engine.bank_view import BankView, Selection
 from msa_memory.engine.engine import Routing
 from msa_memory.engine.interleave import Interleave
 from msa_memory.errors import NotFoundError, StateDamagedError

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from msa_memory.engine import bank as bank_module
+from msa_memory.engine import bank_view as view_module
 from msa_memory.engine import ops
-from msa_memory.engine.bank import BankView, MemoryBank
+from msa_memory.engine.bank import MemoryBank
+from msa_memory.engine.bank_view import BankView
 from msa_memory.engine.config import MSAConfig
 from msa_memory.engine.quantized import QuantizedKeys, QuantizedQuery, usable
 from msa_memory.testing import open_memory
@@ -33,8 +35,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(bank_module, "BLOCK_CHUNKS", BLOCK)
-    monkeypatch.setattr(bank_module, "LEAST_SETTLED", 1)
-    monkeypatch.setattr(bank_module, "SETTLED", 8)
+    monkeypatch.setattr(view_module, "LEAST_SETTLED", 1)
+    monkeypatch.setattr(view_module, "SETTLED", 8)
     yield
     torch.set_num_threads(threads)
 
@@ -253,11 +255,11 @@ class TestSkim:
         left = {number: rows for number, rows in keys.items() if number not in gone}
         view, exact = bank.view(visible), bank_of(left, exact=True).view(visible)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bank_module, "SKIM_KEPT", 20)
+            patch.setattr(view_module, "SKIM_KEPT", 20)
             found = view.skim(queries)
         assert (np.isneginf(found) == ~view.visible).all()
         kept, rest = found.mean(0) > -1, view.visible & (found.mean(0) <= -1)
-        assert kept.sum() >= min(bank_module.SETTLED, len(view))
+        assert kept.sum() >= min(view_module.SETTLED, len(view))
         assert kept.sum() < 40, "more than 20 by ties only"
         places = {number: place for place, number in enumerate(exact.numbers.tolist())}
         order = [places[number] for number in view.numbers[kept].tolist()]
@@ -274,7 +276,7 @@ class TestSkim:
         bonus = np.random.default_rng(seed).random(len(keys)).astype(np.float32) * 0.2
         found = view.skim(queries, bonus, best=best)
         sharp = np.stack([exact.score(slot, query) for slot, query in enumerate(queries)])
-        wanted = {*np.argsort(-(sharp.mean(0) + bonus))[: bank_module.SETTLED].tolist()}
+        wanted = {*np.argsort(-(sharp.mean(0) + bonus))[: view_module.SETTLED].tolist()}
         for layer in sharp:
             wanted.update(np.argsort(-layer)[:best].tolist())
         assert (found[:, sorted(wanted)] == sharp[:, sorted(wanted)]).all()
@@ -287,7 +289,7 @@ class TestSkim:
                 near = ops.fold_queries(query[:1], GROUPS).view(GROUPS, DIM)
                 keys[number][slot, 0] = ops.normalize_heads(near).bfloat16()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bank_module, "SKIM_KEPT", 20)
+            patch.setattr(view_module, "SKIM_KEPT", 20)
             scores = bank_of(keys).view().skim(queries).mean(0)
         assert sorted(np.argsort(-scores)[:3].tolist()) == list(planted)
 
@@ -299,7 +301,7 @@ class TestSkim:
         """End to end on the tiny model: the same documents with the same scores as without."""
         monkeypatch.setattr(bank_module, "SKIM_EVERY", 1)
         monkeypatch.setattr(bank_module, "SKIM_FIRST", 0)
-        monkeypatch.setattr(bank_module, "SKIM_KEPT", 9)
+        monkeypatch.setattr(view_module, "SKIM_KEPT", 9)
         with open_memory(tmp_path / "m") as memory:
             memory.add_many([f"The {colour} bird number {n} sings." for n in range(9) for colour in COLOURS])
             plain = memory.search("Which blue bird sings?", k=5)

@@ -9,7 +9,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from msa_memory.engine import ops
-from msa_memory.engine.bank import BankView
+from msa_memory.engine.bank_view import BankView
 from msa_memory.engine.context import Feed, advance
 from msa_memory.engine.device_rows import DeviceMemory, DeviceRows, Prompt
 from msa_memory.engine.engine import Engine, load_engine

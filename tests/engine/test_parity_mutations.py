@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from msa_memory.engine import bank, cache, config, context, encoding, layout, ops
+from msa_memory.engine import bank_view, cache, config, context, encoding, layout, ops
 from msa_memory.engine import decoder as decoder_module
 from msa_memory.engine.rope import apply_rope
 from msa_memory.engine.states import HeadStates
@@ -195,30 +195,30 @@ def selection_shared_across_layers(patch: Patch) -> None:
 
 
 def one_document_too_few(patch: Patch) -> None:
-    original = bank.BankView.select
-    patch.setattr(bank.BankView, "select", lambda self, scores, k: original(self, scores, k - 1))
+    original = bank_view.BankView.select
+    patch.setattr(bank_view.BankView, "select", lambda self, scores, k: original(self, scores, k - 1))
 
 
 def worst_first(patch: Patch) -> None:
-    original = bank.BankView.select
+    original = bank_view.BankView.select
 
     def reversed_order(self: Any, scores: Any, k: int) -> Any:
         best = original(self, scores, k)
-        return bank.Selection(best.numbers[::-1], best.scores[::-1])
+        return bank_view.Selection(best.numbers[::-1], best.scores[::-1])
 
-    patch.setattr(bank.BankView, "select", reversed_order)
+    patch.setattr(bank_view.BankView, "select", reversed_order)
 
 
 def chunks_before_tokens(patch: Patch) -> None:
     """Mean over the tokens of the best chunk's score, not the best chunk of the mean over tokens."""
-    original = bank.BankView.score
+    original = bank_view.BankView.score
 
     def score(self: Any, slot: int, query: Tensor, *, best: int | None = None) -> Any:
         if self.msa.query_reduce != "mean":
             return original(self, slot, query)
         return np.stack([original(self, slot, one[None]) for one in query]).mean(0)
 
-    patch.setattr(bank.BankView, "score", score)
+    patch.setattr(bank_view.BankView, "score", score)
 
 
 def chunks_meaned(patch: Patch) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from msa_memory.engine import context as context_module
 from msa_memory.engine import ops
-from msa_memory.engine.bank import BLOCK_CHUNKS, BankView, MemoryBank
+from msa_memory.engine.bank import BLOCK_CHUNKS, MemoryBank
+from msa_memory.engine.bank_view import BankView
 from msa_memory.engine.cache import LayerCache
 from msa_memory.engine.config import BackboneConfig, MSAConfig, RopeConfig, read_msa
 from msa_memory.engine.context import Feed, advance, route

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from msa_memory.engine import context, serving
-from msa_memory.engine.bank import BankView
+from msa_memory.engine.bank_view import BankView
 from msa_memory.engine.context import Feed, advance, route
 from msa_memory.engine.engine import Engine, load_engine
 from msa_memory.engine.generation import Generation, decode, decode_ahead

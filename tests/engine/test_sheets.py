@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from msa_memory.engine import bank as bank_module
+from msa_memory.engine import bank_view as view_module
+from msa_memory.engine import exact_keys as keys_module
 from msa_memory.engine import ops
-from msa_memory.engine.bank import BankView, MemoryBank
+from msa_memory.engine.bank import MemoryBank
+from msa_memory.engine.bank_view import BankView
 from msa_memory.engine.config import MSAConfig
 from msa_memory.engine.lexical import passage_terms, question_terms
 from msa_memory.engine.quantized import usable
@@ -33,8 +36,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(bank_module, "BLOCK_CHUNKS", 64)
-    monkeypatch.setattr(bank_module, "LEAST_SETTLED", 1)
-    monkeypatch.setattr(bank_module, "SETTLED", 8)
+    monkeypatch.setattr(view_module, "LEAST_SETTLED", 1)
+    monkeypatch.setattr(view_module, "SETTLED", 8)
     yield
     torch.set_num_threads(threads)
 
@@ -220,10 +223,10 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_exact_keys_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     world, queries = World(7), some_queries(7)
-    monkeypatch.setattr(bank_module, "EXACT_BYTES", 10 * world.states[1].router_keys.nbytes)
+    monkeypatch.setattr(keys_module, "EXACT_BYTES", 10 * world.states[1].router_keys.nbytes)
     agree(world.bank.view(), world.exact.view(), queries, 5)
     held = world.bank._exact_keys
-    assert 0 < held.nbytes == sum(keys.nbytes for keys in held._held.values()) <= bank_module.EXACT_BYTES
+    assert 0 < held.nbytes == sum(keys.nbytes for keys in held._held.values()) <= keys_module.EXACT_BYTES
     resident = sum(block.keys.nbytes for block in world.bank._blocks)
     assert world.bank.nbytes() >= resident + held.nbytes + sum(pages.nbytes() for pages in world.pages)
     gone = next(iter(held._held))
@@ -235,7 +238,7 @@ def test_exact_keys_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_skim_over_sheets_finds_what_lies_near(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bank_module, "SKIM_KEPT", 20)
+    monkeypatch.setattr(view_module, "SKIM_KEPT", 20)
     monkeypatch.setattr(bank_module, "SKIM_FIRST", 0)
     monkeypatch.setattr(bank_module, "SKIM_EVERY", 2)
     world, queries = World(8), some_queries(8)
@@ -243,7 +246,7 @@ def test_a_skim_over_sheets_finds_what_lies_near(monkeypatch: pytest.MonkeyPatch
     found = view.skim(queries)
     sharp = np.stack([exact.score(slot, query) for slot, query in enumerate(queries)])
     kept = found.mean(0) > -1
-    assert bank_module.SETTLED <= kept.sum() < 40
+    assert view_module.SETTLED <= kept.sum() < 40
     assert (found[:, kept] == sharp[:, kept]).all()
     view.skims = True
     assert (view.settle(found, queries, 0.0, 90) == sharp).all()

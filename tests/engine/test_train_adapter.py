@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 
 from msa_memory.cli import app
 from msa_memory.engine.adapter import load_adapter
-from msa_memory.engine.bank import MemoryBank, Selection
+from msa_memory.engine.bank import MemoryBank
+from msa_memory.engine.bank_view import Selection
 from msa_memory.engine.context import Feed, Sequence, advance
 from msa_memory.engine.decoder import Decoder
 from msa_memory.engine.encoding import encode_passage
