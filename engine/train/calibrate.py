@@ -111,10 +111,10 @@ def calibrate(
     """
     texts, asked = _choose(passages, questions, options)
     told = _Reports(report, deadline)
-    states = [
-        engine.encode(number, _header(passage), passage.text)
-        for number, passage in told.over("Encoding passages", texts)
-    ]
+    read = engine.encode_many(
+        (number, _header(passage), passage.text) for number, passage in enumerate(texts)
+    )
+    states = [next(read) for _ in told.over("Encoding passages", texts)]
     bank = engine.new_bank(states.__getitem__)
     for number, state in enumerate(states):
         bank.add(number, state.router_keys, state.terms)
