@@ -53,7 +53,9 @@ class CalibrationOptions:
 
     ``ranked`` questions decide about ranking, the first ``read`` of them about evidence and refusals;
     ``distractors`` training passages lie in the memory beside the held-out ones. ``lost_to_score`` and
-    ``lost_to_refusal`` are shares of answerable questions.
+    ``lost_to_refusal`` are shares of answerable questions. ``weigh_relevance``: how relevant the best
+    passage is counts beside how likely a refusal is, which suits memories of texts like these alone: what is
+    relevant among short notes scores less than what is not among articles.
     """
 
     ranked: int = 600
@@ -61,6 +63,7 @@ class CalibrationOptions:
     distractors: int = 1000
     lost_to_score: float = 0.02
     lost_to_refusal: float = 0.10
+    weigh_relevance: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -131,7 +134,9 @@ def calibrate(
     losses = _evidence_losses(reader, some, weight, told)
     share, most = min(losses, key=lambda choice: (round(losses[choice], 4), -choice[0], choice[1]))
     refusals = _refusals(reader, some, weight, share, most, told)
-    rule, rates = refusal_rule(refusals["present"], refusals["absent"], options.lost_to_refusal)
+    rule, rates = refusal_rule(
+        refusals["present"], refusals["absent"], options.lost_to_refusal, weigh=options.weigh_relevance
+    )
     calibration = {
         "lexical_weight": weight,
         "min_score": round(least, 4),
@@ -312,9 +317,9 @@ def _masked(one: _Ranked) -> _Ranked:
 
 
 def refusal_rule(
-    present: Sequence[Doubt], absent: Sequence[Doubt], lost: float
+    present: Sequence[Doubt], absent: Sequence[Doubt], lost: float, *, weigh: bool
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """When to refuse: how likely a refusal has to be, by the relevance of the best passage.
+    """When to refuse: how likely a refusal has to be, with ``weigh`` by the relevance of the best passage.
 
     The two are weighed by logistic regression, and the line is moved to where at most a share ``lost`` of
     the answerable questions is refused. Without two kinds of questions only the likelihood counts.
@@ -322,7 +327,7 @@ def refusal_rule(
     Returns:
         The calibration, and the shares that it refuses.
     """
-    slope = _slope(present, absent) if len(present) > 1 and len(absent) > 1 else 0.0
+    slope = _slope(present, absent) if weigh and len(present) > 1 and len(absent) > 1 else 0.0
     middle = float(np.median([relevance for _, relevance in [*present, *absent]]))
 
     def surplus(doubt: Doubt) -> float:
@@ -337,8 +342,9 @@ def refusal_rule(
         side: sum(surplus(doubt) >= least for doubt in doubts) / max(1, len(doubts))
         for side, doubts in (("present", present), ("absent", absent))
     }
-    rule = {"refusal_logprob": least, "refusal_slope": slope, "refusal_relevance": middle}
-    return rule, rates
+    if not weigh:
+        return {"refusal_logprob": min(least, 0.0)}, rates
+    return {"refusal_logprob": least, "refusal_slope": slope, "refusal_relevance": middle}, rates
 
 
 def _slope(present: Sequence[Doubt], absent: Sequence[Doubt]) -> float:

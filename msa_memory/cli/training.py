@@ -379,6 +379,13 @@ def train_calibration(
     lost_to_refusal: Annotated[
         float | None, typer.Option(help="Share of answerable questions that may be refused.")
     ] = None,
+    weigh_relevance: Annotated[
+        bool,
+        typer.Option(
+            "--weigh-relevance",
+            help="Refuse by the best passage's relevance too; for memories of texts like these.",
+        ),
+    ] = False,
     device: Device = "auto",
     seed: Seed = 0,
     minutes: Minutes = None,
@@ -395,6 +402,7 @@ def train_calibration(
             distractors=distractors,
             lost_to_score=lost_to_score,
             lost_to_refusal=lost_to_refusal,
+            weigh_relevance=weigh_relevance or None,
             seed=seed,
         )
     )

@@ -21,7 +21,7 @@ def refused(rule: dict[str, float], doubt: tuple[float, float]) -> bool:
 def test_no_more_answerable_questions_are_lost_than_allowed(
     present: list[tuple[float, float]], absent: list[tuple[float, float]], lost: float
 ) -> None:
-    rule, rates = refusal_rule(present, absent, lost)
+    rule, rates = refusal_rule(present, absent, lost, weigh=True)
     assert rates["present"] <= lost
     assert rule["refusal_slope"] >= 0
     assert rule["refusal_logprob"] >= -20
@@ -40,10 +40,11 @@ def test_both_signs_together_tell_more_than_one() -> None:
         )
 
     present, absent = some(-5, 0.5), some(-3.5, 0.4)
-    rule, rates = refusal_rule(present, absent, 0.1)
+    rule, rates = refusal_rule(present, absent, 0.1, weigh=True)
     assert np.mean([refused(rule, doubt) for doubt in present]) == pytest.approx(rates["present"], abs=0.01)
     assert np.mean([refused(rule, doubt) for doubt in absent]) == pytest.approx(rates["absent"], abs=0.01)
-    _, by_likelihood = refusal_rule([(p, 0.0) for p, _ in present], [(p, 0.0) for p, _ in absent], 0.1)
+    alone, by_likelihood = refusal_rule(present, absent, 0.1, weigh=False)
+    assert list(alone) == ["refusal_logprob"]
     assert rates["absent"] > by_likelihood["absent"] + 0.1
     assert rule["refusal_slope"] == pytest.approx(1.5**2 / 0.1**2 * 0.1 / 1.5, rel=0.25), "of two normals"
 
@@ -52,8 +53,8 @@ def test_a_sign_that_points_the_wrong_way_does_not_count() -> None:
     random = np.random.default_rng(1)
     present = [(float(p), 0.2) for p in random.normal(-6, 1, 50)]
     absent = [(float(p), 0.8) for p in random.normal(-2, 1, 50).clip(max=0)]
-    rule, rates = refusal_rule(present, absent, 0.1)
+    rule, rates = refusal_rule(present, absent, 0.1, weigh=True)
     assert rule["refusal_slope"] == 0
     assert rates["absent"] > 0.9
-    rule, _ = refusal_rule([(-1.0, 0.5)] * 9, [(-9.0, 0.5)] * 9, 0.0)
+    rule, _ = refusal_rule([(-1.0, 0.5)] * 9, [(-9.0, 0.5)] * 9, 0.0, weigh=True)
     assert rule["refusal_logprob"] > -1
