@@ -61,12 +61,12 @@ def documents_do_not_restart(patch: Patch) -> None:
 
 
 def normalised_before_pooling(patch: Patch) -> None:
-    def router_keys(self: Any, layer: int, h: Tensor, k: Tensor) -> Tensor:
-        keys = self.decoder.attention(layer).router_key(h) if self.msa.decouple_router else k
+    def router_keys(self: Any, layer: int, x: Tensor) -> list[Tensor]:
+        keys = self.decoder.attention(layer).router_key(x) if self.msa.decouple_router else x
         if self.msa.router_normalize:
             keys = ops.normalize_heads(keys)
         pooled = ops.pool_chunks(keys, self.msa.router_chunk)
-        return ops.normalize_heads(pooled) if self.msa.router_normalize else pooled
+        return [ops.normalize_heads(pooled) if self.msa.router_normalize else pooled]
 
     patch.setattr(encoding._PassageReader, "_router_keys", router_keys)
 
@@ -98,13 +98,20 @@ def tail_tokens_route(patch: Patch) -> None:
 
 
 def pooled_before_rope(patch: Patch) -> None:
-    original = encoding._PassageReader._pool
+    original = encoding._PassageReader.__call__
 
-    def unrotated(self: Any, layer: int, h: Tensor, k: Tensor, v: Tensor) -> None:
-        cos, sin = self.decoder.rope(torch.arange(len(k)), k.dtype)
-        original(self, layer, h, apply_rope(k, cos, -sin), v)
+    def unrotated(self: Any, layer: int, h: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        out = original(self, layer, h, q, k, v)
+        if layer in self.layers:
+            cos, sin = self.decoder.rope(torch.arange(len(k)), k.dtype)
+            keys = apply_rope(k, cos, -sin)
+            _, values, routing = self.pooled.pop()
+            if not self.msa.decouple_router:
+                routing = self._router_keys(layer, keys)
+            self.pooled.append((self._pool(keys), values, routing))
+        return out
 
-    patch.setattr(encoding._PassageReader, "_pool", unrotated)
+    patch.setattr(encoding._PassageReader, "__call__", unrotated)
 
 
 def neighbouring_pairs_rotate(patch: Patch) -> None:
