@@ -178,8 +178,10 @@ class Engine:
         A GPU reads many in one pass, and their states arrive in host memory. A CPU reads short ones together
         where no bit of a passage depends on what stands beside it, and else each alone, when its turn comes.
         """
-        together = self.uses_kernels or rows_apart(self.decoder)
-        most = ENCODED_TOKENS if self.uses_kernels else CPU_ENCODED_TOKENS if together else 1
+        if not self.uses_kernels and not rows_apart(self.decoder):
+            yield from (self.encode(*passage) for passage in passages)
+            return
+        most = ENCODED_TOKENS if self.uses_kernels else CPU_ENCODED_TOKENS
         asked = ((self.prompt.document(*passage), passage) for passage in passages)
         for batch in token_batches(asked, most):
             states = self._encode_together([ids for ids, _ in batch])

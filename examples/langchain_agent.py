@@ -50,8 +50,8 @@ def main() -> None:
         talk(
             Path(folder),
             "monday",
-            "I adopted a grey cat. Her name is Minerva.",
             "What is the weather in Oslo?",
+            "I adopted a grey cat. Her name is Minerva.",
         )
         print("\n== Tuesday, a new process", flush=True)
         subprocess.run([sys.executable, __file__, "--tuesday", folder], check=True)

@@ -10,6 +10,7 @@ wakes the ranks; ``host`` (Gloo) and ``data`` (NCCL on GPUs, else ``host``) carr
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 import time
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
@@ -30,6 +32,7 @@ from msa_memory.errors import ConfigError, EngineError, RankLostError
 
 __all__ = ["Cluster", "Serve", "join", "joined"]
 
+# torch.distributed.nn.functional is imported before there is a group: its functions' defaults would hold it.
 LEADER = 0
 PACKET_BYTES = 1 << 16
 """Of the broadcast that wakes the ranks; what fits needs no second one."""
@@ -97,8 +100,10 @@ class Cluster:
             if self._lost is None:
                 dist.destroy_process_group()
                 # A group ends its threads with its last reference. Held until the interpreter goes, one of
-                # them may still have to drop a tensor, which aborts the process.
+                # them may still have to drop a tensor, which aborts the process. Frames of errors that were
+                # raised hold references too.
                 self._host = self._control = self._data = None
+                gc.collect()
 
     @property
     def attached(self) -> bool:

@@ -307,6 +307,10 @@ def torchrun(arguments: list[str], folder: Path, said: str = "") -> subprocess.C
     return done
 
 
+def test_leaving_ends_the_threads_of_the_groups() -> None:
+    assert isinstance(told_by_leader(start(2, "leave")), str)
+
+
 @pytest.mark.slow
 def test_torchrun_answers_a_file_of_texts(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("Ada bakes bread in Oslo.\nBob mends boats in Rome.\n")
