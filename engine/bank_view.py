@@ -204,7 +204,7 @@ class BankView:
         best: int | None,
     ) -> Numbers:
         """Which of the passages ``kept`` of a skim need exact scores; all of them where that is quickest."""
-        if len(kept) <= SETTLED:
+        if len(kept) <= SETTLED or self.msa.chunk_reduce == "mean":
             return kept
         scale = self.msa.score_scale(queries[0].shape[-1])
         picked, passages = self._pick(kept), RunMaxima(self._lengths[kept])
@@ -214,7 +214,7 @@ class BankView:
         for slot, query in enumerate(queries):
             asked = QuantizedQuery.of(query, self._groups, self.msa.query_reduce)
             error = self._score_roughly(asked, picked.layer(slot), chunks, scale)
-            if error is None or self.msa.chunk_reduce == "mean":
+            if error is None:
                 return kept
             errors[slot], scores[slot] = error, passages.of(chunks).numpy()
         scores[:, ~self.visible[kept]] = -np.inf

@@ -251,7 +251,7 @@ class ShardedView(BankView):
         """Scores ``[L, P]`` of all layers, in one exchange.
 
         Exact are, as in a process alone, the ``best`` of each layer on it, and the most relevant ones
-        (``count`` of them, and at least 512) on every layer: that is what comes of each rank. The others get
+        (``count`` of them, and at least 128) on every layer: that is what comes of each rank. The others get
         their mean over the layers, in 16 bits, lowered so that none comes before one of those.
         """
         best, count = best or self.msa.top_k, max(count, SETTLED)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional
+import torch.distributed.nn.functional  # while there is no group: its functions' defaults would hold it
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
@@ -32,7 +32,6 @@ from msa_memory.errors import ConfigError, EngineError, RankLostError
 
 __all__ = ["Cluster", "Serve", "join", "joined"]
 
-# torch.distributed.nn.functional is imported before there is a group: its functions' defaults would hold it.
 LEADER = 0
 PACKET_BYTES = 1 << 16
 """Of the broadcast that wakes the ranks; what fits needs no second one."""
