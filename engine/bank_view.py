@@ -27,10 +27,10 @@ from msa_memory.engine.sheets import Sheet
 
 __all__ = ["BankView", "BlockView", "Numbers", "Postings", "Selection", "SheetView", "visibility"]
 
-TILE_CHUNKS = 512
+TILE_CHUNKS = 1024
 """Chunks of one exact product on a CPU, whose keys and results fit its cache."""
-SKIM_KEPT = 512
-"""Passages that a skim looks at on all layers."""
+SKIM_CUTS = (512, 256)
+"""How many passages a skim keeps after its first pass, and after the next layers."""
 SKIM_BELOW = 2.0
 """What the estimates of the others are lowered by: cosines differ by at most that."""
 SETTLED = 128
@@ -85,8 +85,9 @@ class BankView:
 
     skims = False
     """Whether questions that attend to no memory should ``skim`` instead of scoring layer by layer."""
-    skim_slots: tuple[int, ...] = ()
-    """The router layers that a skim scores in full, by their place among them."""
+    skim_order: tuple[tuple[int, ...], ...] = ()
+    """The router layers, by their place among them, that a skim scores in full, and those it looks at before
+    each further cut."""
 
     def __init__(
         self,
@@ -116,7 +117,7 @@ class BankView:
         masks = visibility([block.numbers for block in self._blocks], masked)
         blocks = [replace(b, visible=b.visible & ~mask) for b, mask in zip(self._blocks, masks, strict=True)]
         view = BankView(self.msa, blocks, self.fetch, self._lexical, self._exact_keys)
-        view.skims, view.skim_slots = self.skims, self.skim_slots
+        view.skims, view.skim_order = self.skims, self.skim_order
         return view
 
     def score_words(self, terms: frozenset[int]) -> NDArray[np.float32]:
@@ -168,11 +169,7 @@ class BankView:
 
     def _settle(self, scores: NDArray[np.float32], queries: Sequence[Tensor], chosen: Numbers) -> None:
         """Put the exact scores of these places in; what cannot be read scores -inf everywhere."""
-        for start in range(0, len(chosen), SKIM_KEPT):
-            part = chosen[start : start + SKIM_KEPT]
-            picked, lengths = self._pick(part), torch.from_numpy(self._lengths[part])
-            for slot, query in enumerate(queries):
-                scores[slot, part] = self._reduce(self._score_rows(picked.layer(slot), query), lengths)
+        scores[:, chosen] = self._score_places(dict(enumerate(queries)), chosen)
         scores[:, ~self.visible] = -np.inf
 
     def skim(
@@ -184,51 +181,51 @@ class BankView:
     ) -> NDArray[np.float32]:
         """Scores ``[L, P]`` of all layers, from a full pass over a few of them.
 
-        The 512 passages with the highest mean over those layers, plus ``bonus`` ``[P]``, are looked at on
-        every layer. What may be among the 128 most relevant of them, or among the ``best`` of a layer, gets
-        its exact scores on every layer. The others keep that first mean, lowered by 2 so that none comes
-        before those. The choice depends on nothing but the visible passages' keys: there is no index to
-        build, to keep or to erase.
+        Passages go on by what the layers so far say of their relevance, plus ``bonus`` ``[P]``: 512 are
+        looked at on a few more layers, 256 of them on a few more, and 128 (or ``best``, if that is more) on
+        all. These have their exact scores on every layer. The others keep the first pass's mean, lowered
+        by 2 so that none comes before those. The choice depends on nothing but the visible passages' keys:
+        there is no index to build, to keep or to erase.
         """
-        rough = np.mean([self._score_first(slot, queries[slot]) for slot in self.skim_slots], axis=0)
+        first, *later = self.skim_order
+        found = np.stack([self._score_first(slot, queries[slot]) for slot in first])
+        rough = self.msa.mean_of_layers(found, first)
+        shift = np.broadcast_to(np.asarray(bonus, dtype=np.float32), rough.shape)
+        cuts = [max(cut, best or 0) for cut in (*SKIM_CUTS, SETTLED)]
+        kept = _highest(rough + shift, cuts[0])
+        found, seen = found[:, kept], list(first)
+        for slots, cut in zip(later, cuts[1:], strict=True):
+            if slots:
+                more = self._score_places({slot: queries[slot] for slot in slots}, kept)
+                found, seen = np.concatenate((found, more)), [*seen, *slots]
+                on = _highest(self.msa.mean_of_layers(found, seen) + shift[kept], cut)
+                kept, found = kept[on], found[:, on]
         scores = np.repeat((rough - np.float32(SKIM_BELOW))[None], len(queries), axis=0)
-        kept = _highest(rough + bonus, SKIM_KEPT)
-        self._settle(scores, queries, self._second_look(queries, kept, bonus, best))
+        exact = seen[len(first) :]
+        scores[np.ix_(exact, kept)] = found[len(first) :]
+        rest = {slot: query for slot, query in enumerate(queries) if slot not in exact}
+        scores[np.ix_(list(rest), kept)] = self._score_places(rest, kept)
+        scores[:, ~self.visible] = -np.inf
         return scores
 
-    def _second_look(
-        self,
-        queries: Sequence[Tensor],
-        kept: Numbers,
-        bonus: NDArray[np.float32] | float,
-        best: int | None,
-    ) -> Numbers:
-        """Which of the passages ``kept`` of a skim need exact scores; all of them where that is quickest."""
-        if len(kept) <= SETTLED or self.msa.chunk_reduce == "mean":
-            return kept
-        scale = self.msa.score_scale(queries[0].shape[-1])
-        picked, passages = self._pick(kept), RunMaxima(self._lengths[kept])
-        scores = np.empty((len(queries), len(kept)), dtype=np.float32)
-        errors = np.empty(len(queries))
-        chunks = torch.empty(passages.total)
-        for slot, query in enumerate(queries):
-            asked = QuantizedQuery.of(query, self._groups, self.msa.query_reduce)
-            error = self._score_roughly(asked, picked.layer(slot), chunks, scale)
-            if error is None:
-                return kept
-            errors[slot], scores[slot] = error, passages.of(chunks).numpy()
-        scores[:, ~self.visible[kept]] = -np.inf
-        shift = np.broadcast_to(np.asarray(bonus, dtype=np.float32), self.numbers.shape)[kept]
-        weights = self.msa.layer_weights or [1 / len(errors)] * len(errors)
-        margin = 2 * float(np.linalg.norm(errors * weights))  # layers err independently
-        needed = {*_highest(self.msa.mean_of_layers(scores) + shift, SETTLED, margin).tolist()}
-        for layer, error in zip(scores, errors.tolist(), strict=True):
-            needed.update(_highest(layer, best or 0, 2 * error).tolist())
-        return kept[sorted(needed)]
+    def _score_places(self, queries: Mapping[int, Tensor], chosen: Numbers) -> NDArray[np.float32]:
+        """Exact scores of the passages at these ascending places of ``numbers``, a row per query's layer.
+
+        A passage that cannot be read becomes invisible and scores -inf.
+        """
+        scores = np.empty((len(queries), len(chosen)), dtype=np.float32)
+        if not len(chosen):
+            return scores
+        picked, lengths = self._pick(chosen), torch.from_numpy(self._lengths[chosen])
+        for row, (slot, query) in zip(scores, queries.items(), strict=True):
+            row[:] = self._reduce(self._score_tiles(picked.tiles(slot, TILE_CHUNKS), query), lengths)
+        scores[:, ~self.visible[chosen]] = -np.inf
+        return scores
 
     def _score_block(self, place: int, slot: int, query: Tensor) -> NDArray[np.float32]:
-        block = self._blocks[place]
-        return self._reduce(self._score_rows(self._block_keys(place, slot), query), block.lengths)
+        return self._reduce(
+            self._score_tiles(self._block_tiles(place, slot), query), self._blocks[place].lengths
+        )
 
     def _pick(self, chosen: Numbers) -> PickedKeys:
         """Exact keys of the passages at these ascending places of ``numbers``.
@@ -244,8 +241,7 @@ class BankView:
     def _pick_of_block(self, picked: PickedKeys, place: int, inside: Numbers) -> None:
         block = self._blocks[place]
         if isinstance(block, BlockView):
-            starts, ends = block.edges[inside].tolist(), block.edges[inside + 1].tolist()
-            picked.add_rows(block.keys, list(zip(starts, ends, strict=True)))
+            picked.add_rows(block.keys, block.edges[inside], block.edges[inside + 1])
             return
         layers, groups, dim = block.sheet.shape
         for index in inside.tolist():
@@ -255,20 +251,20 @@ class BankView:
                 keys = torch.zeros(layers, int(block.sheet.lengths[index]), groups, dim)
             picked.add(keys)
 
-    def _block_keys(self, place: int, slot: int) -> Tensor:
-        """Exact keys ``[C, G, D]`` of all passages of a block, as ``_pick`` does."""
+    def _block_tiles(self, place: int, slot: int) -> Iterable[Tensor]:
+        """Exact keys of all passages of a block, as ``_pick`` does."""
         block = self._blocks[place]
         if isinstance(block, BlockView):
-            return block.keys[slot, : block.used]
+            return block.keys[slot, : block.used].split(TILE_CHUNKS)
         picked = PickedKeys()
         self._pick_of_block(picked, place, np.arange(len(block.numbers)))
-        return picked.layer(slot)
+        return picked.tiles(slot, TILE_CHUNKS)
 
-    def _score_rows(self, keys: Tensor, query: Tensor) -> Tensor:
-        """Exact scores ``[C]`` of chunks ``[C, G, D]``."""
+    def _score_tiles(self, tiles: Iterable[Tensor], query: Tensor) -> Tensor:
+        """Exact scores ``[C]`` of chunks that come in tiles ``[c, G, D]``."""
         return ops.score_tiles(
             query,
-            keys,
+            tiles,
             TILE_CHUNKS,
             head_reduce=self.msa.head_reduce,
             query_reduce=self.msa.query_reduce,
@@ -293,7 +289,7 @@ class BankView:
         while True:  # a second time only where some could not be read, and others take their places
             chosen = _highest(scores, best, 2 * error)
             chosen = chosen[~done[chosen]]
-            scores[chosen] = self._score_some(slot, query, chosen)
+            scores[chosen] = self._score_places({slot: query}, chosen)[0]
             done[chosen] = True
             if np.isfinite(scores[chosen]).all():
                 return scores
@@ -318,7 +314,7 @@ class BankView:
             else:
                 found = self._score_roughly(quantized, block.keys[slot, : block.used], part, scale)
             if found is None:
-                part[:] = self._score_rows(self._block_keys(place, slot), query)
+                part[:] = self._score_tiles(self._block_tiles(place, slot), query)
             else:
                 error = max(error, found)
         return np.where(self.visible, self._reduce_all(chunks), np.float32(-np.inf)), error
@@ -344,14 +340,6 @@ class BankView:
     @cached_property
     def _lengths(self) -> Numbers:
         return np.concatenate([block.lengths.numpy() for block in self._blocks])
-
-    def _score_some(self, slot: int, query: Tensor, chosen: Numbers) -> NDArray[np.float32]:
-        """Exact scores of the passages at these ascending places of ``numbers``; -inf where one is lost."""
-        if not len(chosen):
-            return np.empty(0, dtype=np.float32)
-        chunks = self._score_rows(self._pick(chosen).layer(slot), query)
-        scores = self._reduce(chunks, torch.from_numpy(self._lengths[chosen]))
-        return np.where(self.visible[chosen], scores, np.float32(-np.inf))
 
     @cached_property
     def _firsts(self) -> Numbers:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -133,13 +133,20 @@ class MSAConfig:
                 f"{len(self.router_layers)} router layers, in sum 1"
             )
 
-    def mean_of_layers(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The router layers' scores ``[L, ...]`` as one, weighted by ``layer_weights``."""
-        if not self.layer_weights:
+    def mean_of_layers(
+        self, scores: NDArray[np.float32], slots: Sequence[int] | None = None
+    ) -> NDArray[np.float32]:
+        """The router layers' scores ``[L, ...]`` as one, weighted by ``layer_weights``.
+
+        ``slots`` are the layers, by their place, of which ``scores`` are; all of them in order when None.
+        """
+        weights = np.array(self.layer_weights, dtype=np.float32)
+        if slots is not None and len(weights):
+            weights = weights[list(slots)] / (weights[list(slots)].sum() or 1)
+        counted = weights > 0  # a masked passage scores -inf, which no weight of 0 may touch
+        if not counted.any():
             mean: NDArray[np.float32] = scores.mean(axis=0)
             return mean
-        weights = np.array(self.layer_weights, dtype=np.float32)
-        counted = weights > 0  # a masked passage scores -inf, which no weight of 0 may touch
         total: NDArray[np.float32] = np.tensordot(weights[counted], scores[counted], axes=1)
         return total
 

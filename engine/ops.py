@@ -7,6 +7,9 @@ heads, G KV heads, D head width, S keys, C chunks, P passages, F = G*D routing w
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -172,26 +175,31 @@ def score_chunks(query: Tensor, keys: Tensor, *, head_reduce: str, query_reduce:
 
 
 def score_tiles(
-    query: Tensor, keys: Tensor, tile: int, *, head_reduce: str, query_reduce: str, scale: float
+    query: Tensor, tiles: Iterable[Tensor], size: int, *, head_reduce: str, query_reduce: str, scale: float
 ) -> Tensor:
-    """``score_chunks`` in float32, by products of ``tile`` chunks each: ``[C]``.
+    """``score_chunks`` in float32 of keys in tiles ``[c, G, D]`` of at most ``size`` chunks: ``[C]``.
 
     Products of one shape give a chunk the same score, bit for bit, whatever stands beside it and however
-    many there are; the last tile is filled up with zeros. What a tile makes stays in the CPU's cache.
+    many there are: tiles are filled up with zeros. What a tile makes stays in the CPU's cache.
     """
     if query_reduce == "last":
         query = query[-1:]
     query = query.float()
-    flat = fold_queries(query, keys.shape[1])
-    scores = torch.empty(len(keys), device=keys.device)
-    for start in range(0, len(keys), tile):
-        rows = keys[start : start + tile].float()
-        count = len(rows)
-        if count < tile:
-            rows = F.pad(rows, (0, 0, 0, 0, 0, tile - count))
-        products = _products(flat, rows) if head_reduce == "mean" else _max_over_heads(query, rows)
-        scores[start : start + count] = _over_tokens(products, query_reduce)[:count]
-    return scores * scale
+    flat: Tensor | None = None
+    scores = []
+    for keys in tiles:
+        count, groups, dim = keys.shape
+        if flat is None:
+            flat = fold_queries(query, groups)
+        rows = _tile_rows(size, groups * dim, keys.device)
+        rows[:count] = keys.flatten(1)
+        rows[count:] = 0
+        if head_reduce == "mean":
+            products = _tile_products(flat, rows)
+        else:
+            products = _max_over_heads(query, rows.view(size, groups, dim))
+        scores.append(_over_tokens(products, query_reduce)[:count])
+    return torch.cat(scores) * scale if scores else query.new_empty(0)
 
 
 def reduce_passages(scores: Tensor, lengths: Tensor, reduction: str) -> Tensor:
@@ -201,6 +209,31 @@ def reduce_passages(scores: Tensor, lengths: Tensor, reduction: str) -> Tensor:
 
 def _products(flat: Tensor, keys: Tensor) -> Tensor:
     return (flat @ keys.flatten(1).T).float()  # [T, C]
+
+
+class _Tile(threading.local):
+    """A thread's float32 rows of one product, kept: fresh memory is paid for page by page, tile by tile."""
+
+    rows: Tensor | None = None
+
+
+_TILE = _Tile()
+
+
+def _tile_rows(tile: int, size: int, device: torch.device) -> Tensor:
+    rows = _TILE.rows
+    if rows is None or rows.shape != (tile, size) or rows.device != device:
+        with torch.inference_mode(mode=False):  # or it could not be written outside of that mode
+            rows = _TILE.rows = torch.empty(tile, size, device=device)
+    return rows
+
+
+def _tile_products(flat: Tensor, rows: Tensor) -> Tensor:
+    """Products ``[T, C]``, by oneDNN where torch has it: for few tokens up to twice as fast as BLAS."""
+    if rows.is_cpu and torch.backends.mkldnn.is_available():
+        products: Tensor = torch.ops.mkldnn._linear_pointwise(flat, rows, None, "none", [], "")
+        return products
+    return flat @ rows.T
 
 
 def _over_tokens(scores: Tensor, reduction: str) -> Tensor:

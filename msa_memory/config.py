@@ -53,8 +53,8 @@ class MemoryConfig(BaseModel):
     routers alone, None takes the model's calibrated value."""
     routing: Literal["auto", "exact", "skim"] = "auto"
     """How a question looks for passages on a CPU: ``exact`` scores all of them on every router layer;
-    ``skim`` scores all on a few layers, and on every layer the 512 that come first there; ``auto`` skims
-    memories of about 2 million tokens and more. Scores that are shown are exact in every case."""
+    ``skim`` scores all on a few layers, those that come first there on more, and 128 on every layer; ``auto``
+    skims memories of about 2 million tokens and more. Scores that are shown are exact in every case."""
     decode_weights: Literal["auto", "exact", "packed"] = "auto"
     """What answers are decoded with on a CPU: ``exact``, the weights documents are read with; ``packed``, the
     same in 4 or 8 bits, about three times as fast; ``auto``, packed where the model's shapes allow it."""

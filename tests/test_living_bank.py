@@ -206,7 +206,7 @@ def test_every_score_that_is_shown_is_exact(
     for module, name, value in (
         ("bank_view", "SETTLED", 2),
         ("engine", "SETTLED", 2),
-        ("bank_view", "SKIM_KEPT", 40),
+        ("bank_view", "SKIM_CUTS", (40, 40)),
     ):
         monkeypatch.setattr(f"msa_memory.engine.{module}.{name}", value)
     monkeypatch.setattr("msa_memory.engine.bank_view.LEAST_SETTLED", 1)
@@ -224,10 +224,10 @@ def test_routing_is_as_the_options_and_the_model_say(tmp_path: Path) -> None:
             assert memory._bank().bank.skim_layers == ()
     with open_memory(tmp_path / "bank") as memory:
         engine = memory._engine()
-        for layers, slots in (((1,), (0,)), ((3, 1), (1, 0)), ((), (1,))):
+        for layers, slots in (((1,), (0,)), ((3, 1), (0, 1)), ((), (0,))):
             bank = engine.new_bank(lambda number: pytest.fail(f"{number} was fetched"))
             bank.skim_layers = layers
-            assert bank.view().skim_slots == slots
+            assert bank.view().skim_order[0] == slots
         bank.skim_layers = (2,)
         with pytest.raises(CheckpointError, match=r"skim_layers names \[2\].*\[1, 3\]"):
             bank.view()

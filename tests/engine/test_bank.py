@@ -237,7 +237,7 @@ class TestExact:
         for options in (("mean", "max"), ("max", "mean"), ("mean", "last")):
             how = {"head_reduce": options[0], "query_reduce": options[1], "scale": 0.5}
             whole = ops.score_chunks(query, keys, **how)  # type: ignore[arg-type]
-            tiles = ops.score_tiles(query, keys, 512, **how)  # type: ignore[arg-type]
+            tiles = ops.score_tiles(query, keys.split(512), 512, **how)  # type: ignore[arg-type]
             torch.testing.assert_close(tiles, whole, atol=2e-6, rtol=0)
 
 
@@ -255,7 +255,7 @@ class TestSkim:
         left = {number: rows for number, rows in keys.items() if number not in gone}
         view, exact = bank.view(visible), bank_of(left, exact=True).view(visible)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(view_module, "SKIM_KEPT", 20)
+            patch.setattr(view_module, "SKIM_CUTS", (20, 20))
             found = view.skim(queries)
         assert (np.isneginf(found) == ~view.visible).all()
         kept, rest = found.mean(0) > -1, view.visible & (found.mean(0) <= -1)
@@ -268,18 +268,51 @@ class TestSkim:
         assert not rest.any() or found[:, rest].max() < -1
 
     @few
-    @given(seed=seeds, best=st.integers(0, 5))
-    def test_a_second_look_misses_nothing(self, seed: int, best: int) -> None:
-        """Of the passages it starts from, here all: the most relevant and the best of every layer."""
-        keys, queries = some_keys(seed), [some_query(seed + slot, 9) for slot in range(LAYERS)]
-        view, exact = bank_of(keys).view(), bank_of(keys, exact=True).view()
-        bonus = np.random.default_rng(seed).random(len(keys)).astype(np.float32) * 0.2
-        found = view.skim(queries, bonus, best=best)
-        sharp = np.stack([exact.score(slot, query) for slot, query in enumerate(queries)])
-        wanted = {*np.argsort(-(sharp.mean(0) + bonus))[: view_module.SETTLED].tolist()}
-        for layer in sharp:
-            wanted.update(np.argsort(-layer)[:best].tolist())
-        assert (found[:, sorted(wanted)] == sharp[:, sorted(wanted)]).all()
+    @given(seed=seeds, best=st.integers(0, 40), weighted=st.booleans())
+    def test_cut_by_cut_it_keeps_what_the_layers_so_far_prefer(
+        self, seed: int, best: int, weighted: bool
+    ) -> None:
+        """Against a plain implementation, where the first pass is exact as well."""
+        random, layers = np.random.default_rng(seed), 12
+        weights = random.dirichlet(np.ones(layers)) if weighted else np.full(layers, 1 / layers)
+        msa = MSAConfig(
+            router_layers=tuple(range(layers)), layer_weights=tuple(weights.tolist()) if weighted else ()
+        )
+        bank = MemoryBank(msa, lambda number: pytest.fail(f"passage {number} was fetched"), exact=True)
+        keys = torch.randn(layers, 200, GROUPS, DIM, generator=torch.Generator().manual_seed(seed))
+        for number in range(100):
+            bank.add(number, ops.normalize_heads(keys[:, 2 * number : 2 * number + 2]).bfloat16())
+        view, queries = bank.view(), [some_query(seed + slot, 9) for slot in range(layers)]
+        bonus = random.random(100).astype(np.float32) * 0.2
+        sharp = np.stack([view.score(slot, query) for slot, query in enumerate(queries)])
+        kept, seen = np.arange(100), []
+        for slots, cut in zip(view.skim_order, (40, 20, 8), strict=True):
+            seen += slots
+            so_far = np.average(sharp[seen], axis=0, weights=weights[seen]) + bonus
+            kept = kept[np.argsort(-so_far[kept])[: max(cut, best)]]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(view_module, "SKIM_CUTS", (40, 20))
+            found = view.skim(queries, bonus, best=best)
+        assert set(np.flatnonzero((found > -1).all(0)).tolist()) == set(kept.tolist())
+        assert (found[:, kept] == sharp[:, kept]).all()
+        others = np.setdiff1d(np.arange(100), kept)
+        first = list(view.skim_order[0])
+        rough = np.average(sharp[first], axis=0, weights=weights[first]) - 2
+        np.testing.assert_allclose(found[:, others], np.tile(rough[others], (layers, 1)), atol=1e-6)
+
+    def test_layers_come_by_what_they_count(self) -> None:
+        def order(count: int, *named: int, **options: Any) -> Any:
+            bank = MemoryBank(MSAConfig(router_layers=tuple(range(count)), **options), lambda number: None)
+            bank.skim_layers = named
+            return bank.view().skim_order
+
+        assert order(18) == ((3, 8, 13), (5, 10, 15), (0, 11, 16))
+        assert order(15, layer_weights=tuple(slot / 105 for slot in range(15))) == (
+            (12, 13, 14), (10, 11), (8, 9),
+        )  # fmt: skip
+        assert order(6, 5, 1, 4, 2) == ((1, 2, 4, 5), (), ())
+        assert order(4) == ((3,), (), (0,))
+        assert order(1) == ((0,), (), ())
 
     def test_it_finds_what_lies_near_a_question(self) -> None:
         keys, queries = some_keys(1, 600), [some_query(slot, 9) for slot in range(LAYERS)]
@@ -289,7 +322,7 @@ class TestSkim:
                 near = ops.fold_queries(query[:1], GROUPS).view(GROUPS, DIM)
                 keys[number][slot, 0] = ops.normalize_heads(near).bfloat16()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(view_module, "SKIM_KEPT", 20)
+            patch.setattr(view_module, "SKIM_CUTS", (20, 20))
             scores = bank_of(keys).view().skim(queries).mean(0)
         assert sorted(np.argsort(-scores)[:3].tolist()) == list(planted)
 
@@ -299,9 +332,9 @@ class TestSkim:
 
     def test_the_engine_skims_when_told_to(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """End to end on the tiny model: the same documents with the same scores as without."""
-        monkeypatch.setattr(bank_module, "SKIM_EVERY", 1)
-        monkeypatch.setattr(bank_module, "SKIM_FIRST", 0)
-        monkeypatch.setattr(view_module, "SKIM_KEPT", 9)
+        monkeypatch.setattr(bank_module, "SKIM_LEAST_LAYERS", 2)
+        monkeypatch.setattr(bank_module, "SKIM_SHARES", (1, 1, 1))
+        monkeypatch.setattr(view_module, "SKIM_CUTS", (9, 9))
         with open_memory(tmp_path / "m") as memory:
             memory.add_many([f"The {colour} bird number {n} sings." for n in range(9) for colour in COLOURS])
             plain = memory.search("Which blue bird sings?", k=5)

@@ -238,9 +238,7 @@ def test_exact_keys_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_skim_over_sheets_finds_what_lies_near(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(view_module, "SKIM_KEPT", 20)
-    monkeypatch.setattr(bank_module, "SKIM_FIRST", 0)
-    monkeypatch.setattr(bank_module, "SKIM_EVERY", 2)
+    monkeypatch.setattr(view_module, "SKIM_CUTS", (20, 20))
     world, queries = World(8), some_queries(8)
     view, exact = world.bank.view(), world.exact.view()
     found = view.skim(queries)
