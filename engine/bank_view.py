@@ -202,9 +202,9 @@ class BankView:
                 kept, found = kept[on], found[:, on]
         scores = np.repeat((rough - np.float32(SKIM_BELOW))[None], len(queries), axis=0)
         exact = seen[len(first) :]
-        scores[np.ix_(exact, kept)] = found[len(first) :]
+        scores[np.array(exact, dtype=np.int64)[:, None], kept] = found[len(first) :]
         rest = {slot: query for slot, query in enumerate(queries) if slot not in exact}
-        scores[np.ix_(list(rest), kept)] = self._score_places(rest, kept)
+        scores[np.array(list(rest))[:, None], kept] = self._score_places(rest, kept)
         scores[:, ~self.visible] = -np.inf
         return scores
 
@@ -255,7 +255,8 @@ class BankView:
         """Exact keys of all passages of a block, as ``_pick`` does."""
         block = self._blocks[place]
         if isinstance(block, BlockView):
-            return block.keys[slot, : block.used].split(TILE_CHUNKS)
+            tiles: Sequence[Tensor] = block.keys[slot, : block.used].split(TILE_CHUNKS)
+            return tiles
         picked = PickedKeys()
         self._pick_of_block(picked, place, np.arange(len(block.numbers)))
         return picked.tiles(slot, TILE_CHUNKS)

@@ -55,6 +55,8 @@ class Sequence:
     bonus: NDArray[np.float32] | float = 0.0
     """What is added to the routers' mean, by passage, where a skim chooses what to score exactly."""
     fed_tokens: int = 0
+    noted: dict[int, Tensor] = field(default_factory=dict)
+    """Normed inputs ``[E]`` of the layers that the last feed ``noted``, at its last token."""
 
     @classmethod
     def start(
@@ -94,6 +96,8 @@ class Feed:
     routes: Rows[bool] | None = None
     bidirectional: bool = False
     """The tokens see each other in both directions (the reference's injected question, spec 9.4)."""
+    noted: Rows[int] = ()
+    """Layers whose normed input at the last token is noted in the sequence."""
 
 
 class _ContextAttention:
@@ -119,6 +123,9 @@ class _ContextAttention:
         self.shared = _share([row for row, _ in self.routing])
 
     def __call__(self, layer: int, h: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        for feed, part in zip(self.feeds, self.parts, strict=True):
+            if layer in feed.noted:
+                feed.sequence.noted[layer] = h[part.stop - 1]
         slot = self.slots.get(layer)
         if slot is not None and self.msa is not None:
             for row, places in self.routing:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from msa_memory.engine import kernels, ops
 from msa_memory.engine.adapter import Adapter, load_adapter, merge
+from msa_memory.engine.answerability import HEAD_FILE, AnswerabilityHead, load_head, told_signals
 from msa_memory.engine.bank import MemoryBank
 from msa_memory.engine.bank_view import SETTLED, BankView, Selection
 from msa_memory.engine.checkpoint import Checkpoint, open_checkpoint
@@ -117,6 +118,8 @@ class Engine:
     calibration: dict[str, float] = field(default_factory=dict)
     prepare_stepper: Callable[[], Stepper] | None = None
     """How to prepare the weights for decoding, at the first answer; None decodes with the decoder itself."""
+    answerability: AnswerabilityHead | None = None
+    """Tells whether what was read answers the question; calibrated by ``refusal_odds``."""
 
     @cached_property
     def stepper(self) -> Stepper | None:
@@ -293,35 +296,53 @@ class Engine:
         options: SamplingOptions,
         constraint: Constraint | None = None,
         known: Row | None = None,
-        relevance: float | None = None,
+        judged: Routing | None = None,
     ) -> Generator[None, None, Generation]:
         """Prefill a prompt with evidence over the chosen passages' states (pass 2); decode is next.
 
         ``ids`` come from ``prompt.reading`` or ``prompt.conversation``; ``known`` has read the first of them
         over the same passages (``KeptContexts``). An answer of free form does not begin as a refusal does
-        where that is less likely than the calibrated ``refusal_logprob``. With the ``relevance`` of the best
-        passage, and a calibration for it, that decides alone: the more relevant, the likelier a refusal has
-        to be, and it is given wherever it is likely enough.
+        where that is less likely than the calibrated ``refusal_logprob``. Where the model has a calibrated
+        ``answerability`` head, and the question's routing is given to be ``judged``, that decides alone.
         """
         row = known
         if row is None:
             row = self.start(view, capacity=len(ids) + options.max_new_tokens)
             row.attend_to(selections, {layer: slot for slot, layer in enumerate(self.msa.router_layers)})
-        logits = yield from self.batch.feed(Feed(row, ids[row.fed_tokens :]))
+        if "refusal_odds" not in self.calibration or self.answerability is None:
+            judged = None
+        noted = self.judging_layers if judged else ()
+        logits = yield from self.batch.feed(Feed(row, ids[row.fed_tokens :], noted=noted))
         if constraint is None and self.prompt.refusal:
-            logits = self._settle_refusal(logits, self.prompt.refusal[0], relevance)
+            logits = self._settle_refusal(row, logits, judged)
         return Generation(self.tokenizer, options, row, logits, constraint, ids)
 
     read = at_once(read_steps)
 
-    def _settle_refusal(self, logits: Tensor, token: int, relevance: float | None) -> Tensor:
+    @property
+    def judging_layers(self) -> tuple[int, ...]:
+        """Layers to note in a prompt's last feed for ``doubt``."""
+        return self.answerability.layers if self.answerability else ()
+
+    def doubt(self, row: Row, logits: Tensor, routing: Routing) -> float:
+        """How sure it is that what a sequence has read holds no answer, high where it does not.
+
+        Log-odds by the ``answerability`` head, whose layers were noted; else the log-probability, by the
+        logits ``[V]``, that the answer begins as a refusal. ``routing`` is the question's.
+        """
+        refusal = self.prompt.refusal[0]
+        if self.answerability is None:
+            return float(logits.float().log_softmax(-1)[refusal])
+        told = told_signals(routing.relevance(), routing.mean(), routing.words, logits, refusal)
+        return self.answerability.log_odds(row.noted, told)
+
+    def _settle_refusal(self, row: Row, logits: Tensor, judged: Routing | None) -> Tensor:
         """Logits ``[V]`` of a first token, in which a refusal is certain, impossible or as it was."""
-        least, slope = self.calibration.get("refusal_logprob"), self.calibration.get("refusal_slope")
-        if least is None:
-            return logits
-        if relevance is None or slope is None:
-            return without_doubtful(logits, token, least)
-        return decided(logits, token, least + slope * (relevance - self.calibration["refusal_relevance"]))
+        token = self.prompt.refusal[0]
+        if judged is not None:
+            return decided(logits, token, self.doubt(row, logits, judged) >= self.calibration["refusal_odds"])
+        least = self.calibration.get("refusal_logprob")
+        return logits if least is None else without_doubtful(logits, token, least)
 
     def chat_steps(
         self,
@@ -395,7 +416,8 @@ def load_engine(
     """Load a checkpoint with its routers; ``name`` selects the routers this package ships for a backbone.
 
     An ``adapter.safetensors`` beside the routers or in the checkpoint's folder is merged into the weights;
-    ``adapter`` False leaves it out, a path names another one.
+    ``adapter`` False leaves it out, a path names another one; the head that tells whether there is an answer
+    goes with the model's own.
 
     Args:
         decode_weights: what answers are decoded with on a CPU: ``exact``, the weights everything else is
@@ -436,6 +458,7 @@ def load_engine(
         None
         if decoder.device.type != "cpu"
         else partial(_stepper, decoder, checkpoint, change, decode_weights),
+        _head_beside(path, routers, decoder) if adapter is True else None,
     )
 
 
@@ -482,9 +505,20 @@ def _shipped_routers(name: str | None) -> _Routers | None:
 def _adapter_file(path: Path, routers: _Routers | None, wanted: Path | bool) -> Path | None:
     if isinstance(wanted, Path):
         return wanted
-    folder = routers.weights.parent if routers else path if path.is_dir() else path.parent
-    found = folder / "adapter.safetensors"
+    found = _folder_of(path, routers) / "adapter.safetensors"
     return found if wanted and found.is_file() else None
+
+
+def _folder_of(path: Path, routers: _Routers | None) -> Path:
+    """Where a model's files lie that are no checkpoint's."""
+    return routers.weights.parent if routers else path if path.is_dir() else path.parent
+
+
+def _head_beside(path: Path, routers: _Routers | None, decoder: Decoder) -> AnswerabilityHead | None:
+    found = _folder_of(path, routers) / HEAD_FILE
+    if not found.is_file():
+        return None
+    return load_head(found, layers=decoder.config.num_layers, size=decoder.config.hidden_size)
 
 
 def _load_decoder(

@@ -94,18 +94,15 @@ def without_doubtful(logits: Tensor, token: int, logprob: float) -> Tensor:
     return kept
 
 
-def decided(logits: Tensor, token: int, logprob: float) -> Tensor:
-    """The logits ``[V]`` with nothing but ``token`` where its log-probability is at least ``logprob``.
-
-    Without it elsewhere.
-    """
-    kept = logits.clone()
-    if float(logits.float().log_softmax(-1)[token]) < logprob:
+def decided(logits: Tensor, token: int, chosen: bool) -> Tensor:
+    """The logits ``[V]`` with nothing but ``token`` where it is ``chosen``, and without it elsewhere."""
+    if not chosen:
+        kept = logits.clone()
         kept[token] = -torch.inf
         return kept
-    kept.fill_(-torch.inf)
-    kept[token] = logits[token]
-    return kept
+    alone = torch.full_like(logits, -torch.inf)
+    alone[token] = logits[token]
+    return alone
 
 
 def _masked(logits: Tensor, allowed: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from msa_memory.engine.interleave import ANSWER_PREFIX, Interleave, InterleaveOp
 from msa_memory.engine.sampling import Constraint, SamplingOptions
 from msa_memory.errors import ConfigError, InvalidDocumentError, LimitError, NotFoundError
 from msa_memory.living_bank import LivingBank
+from msa_memory.naming import names
 from msa_memory.persistence import PassageText, Store
 from msa_memory.recall import (
     MIN_EXCERPT_TOKENS,
@@ -63,6 +64,8 @@ WINDOW_RESERVE = 32
 FRESH_STARTS = 8
 """How often a question starts over when what it reads is forgotten or replaced meanwhile."""
 EXPLAINED_PASSAGES = 20
+NAMED_AMONG = 128
+"""Documents that a later round looks through for those that the evidence names."""
 Scores = NDArray[np.float32]
 S = TypeVar("S")
 T = TypeVar("T")
@@ -266,7 +269,7 @@ class Asking:
             self.options.sampling(self.config),
             self.options.constraint,
             known,
-            None if self.options.conversation else best,
+            None if self.options.conversation else routing,
         )
         clock.lap("prefill_s")
         return recalled, generation
@@ -510,27 +513,61 @@ class Asking:
         self, view: BankView, routing: Routing, budget: int, render: Callable[[Excerpt], str]
     ) -> Generator[None, None, _Recalled]:
         """Rounds of retrieval, then the evidence that fits the budget."""
-        recalled = _Recalled()
+        recalled, hits = _Recalled(), list[Hit]()
         k = self.options.k or self.config.k
         rounds = min(k, self._rounds(routing, k))
+        asked = routing
         for number in range(rounds):
-            share = 1 if number + 1 < rounds else k - len(recalled.hits)
-            if number:
-                newest = self._fit(routing, recalled.hits[-1:], recalled.scores, budget, evidence_entry)[0]
+            share = (k - len(recalled.hits)) // (rounds - number)
+            if number == 0:
+                asked, best = self._best(asked, share)
+                found = [(asked, self._near_the_best(best))]
+            else:
+                newest = self._fit(routing, hits, recalled.scores, budget, evidence_entry)[0]
                 routing = yield from self._route(view, evidence_text(newest))
-            routing, hits = self._best(routing, share, [hit.document_id for hit in recalled.hits])
-            hits = self._near_the_best(hits)
+                found = self._follow(asked, routing, evidence_text(newest), share, recalled.hits)
+            hits = [hit for _, some in found for hit in some]
             if not hits:
                 break
             recalled.tokens += routing.tokens
             recalled.hits += hits
             recalled.rounds.append(Round(number=number + 1, documents=tuple(hit.document_id for hit in hits)))
-            for passage, score in zip(routing.numbers.tolist(), routing.relevance().tolist(), strict=True):
-                recalled.scores.setdefault(passage, score)
+            for source, some in found:
+                recalled.scores |= _scores_of(source, some)
         recalled.excerpts, recalled.dropped = self._fit(
             routing, recalled.hits, recalled.scores, budget, render
         )
         return recalled
+
+    def _follow(
+        self, asked: Routing, routing: Routing, newest: str, share: int, read: Sequence[Hit]
+    ) -> list[tuple[Routing, list[Hit]]]:
+        """At most ``share`` documents that come next, with the routing that each is scored by.
+
+        First those that the ``newest`` evidence names, in the order in which it leads to them, then the next
+        best for the question itself. Where it names none, those that question and evidence together find.
+        """
+        skip = [hit.document_id for hit in read]
+        routing, near = self._best(routing, NAMED_AMONG, skip)
+        titles = {
+            number: str(passage.metadata.get("title") or "")
+            for number, passage in self.store.passages([hit.passages[0].number for hit in near]).items()
+        }
+        named = [
+            hit
+            for hit in near
+            if names(newest, titles.get(hit.passages[0].number, ""), self.options.question)
+        ]
+        if not named:
+            return [(routing, self._near_the_best(near[:share]))]
+        if self.options.k is None:
+            share = min(share, int(self.engine.calibration.get("evidence_documents", share)))
+        named = named[:share]
+        if self.options.k is None or len(named) == share:
+            return [(routing, named)]
+        skip += [hit.document_id for hit in named]
+        asked, others = self._best(asked, share - len(named), skip)
+        return [(routing, named), (asked, others)]
 
     def _near_the_best(self, hits: list[Hit]) -> list[Hit]:
         """Without an explicit ``k``: only as many as the model was calibrated to read in one round."""
@@ -627,6 +664,14 @@ class Asking:
 def _entry(excerpt: Excerpt) -> Hashable:
     """What tells one excerpt's text from any other."""
     return excerpt.passage.record.number, excerpt.start, excerpt.end
+
+
+def _scores_of(routing: Routing, hits: Sequence[Hit]) -> dict[int, float]:
+    """The relevance of the passages of some documents, by number."""
+    wanted = [record.number for hit in hits for record in hit.passages]
+    places = np.flatnonzero(np.isin(routing.numbers, wanted))
+    relevance = routing.relevance()
+    return dict(zip(routing.numbers[places].tolist(), relevance[places].tolist(), strict=True))
 
 
 def _shown(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from msa_memory import MemoryModel
+from msa_memory.engine.answerability import AnswerabilityHead, told_signals
 from msa_memory.engine.context import Feed, advance
 from msa_memory.engine.sampling import Constraint, without_doubtful
 from msa_memory.testing import open_memory, tiny_model
@@ -78,17 +79,57 @@ def test_a_refusal_needs_its_likelihood(
 
 
 @pytest.mark.parametrize("second", [False, True])
-@pytest.mark.parametrize(("slope", "refuses"), [(0.0, True), (1e3, False), (-1e3, True)])
-def test_relevance_decides_how_likely_a_refusal_has_to_be(
-    calibrated: Open, wish: tuple[str, float, str], slope: float, refuses: bool, second: bool
+@pytest.mark.parametrize(("above", "refuses"), [(-0.01, True), (0.01, False)])
+def test_a_calibrated_head_decides_alone(
+    calibrated: Open, wish: tuple[str, float, str], above: float, refuses: bool, second: bool
 ) -> None:
-    """Also where it is not what the model would say first, which ``second`` is."""
+    """Also where the refusal is not what the model would say first, which ``second`` is."""
     first, sure, other = wish
     refusal = other if second else first
-    rule = {"refusal_logprob": sure - 5.0, "refusal_slope": slope, "refusal_relevance": -1.0}
-    said = calibrated(refusal, **rule).query(QUESTION, max_new_tokens=1)
+    memory = calibrated(refusal, refusal_logprob=0.0 if refuses else sure - 5)
+    engine = memory._engine()
+    size = engine.decoder.config.hidden_size
+    head = AnswerabilityHead((0, 3), torch.randn(2, size), torch.randn(8), 0.5)
+    engine.answerability = head
+    routing = engine.route(QUESTION, memory._bank().view("default", None))
+    likely = first_choices(memory)
+    told = told_signals(routing.relevance(), routing.mean(), routing.words, likely, engine.prompt.refusal[0])
+    odds = head.log_odds(noted_inputs(memory, head.layers), told)
+    uncalibrated = memory.query(QUESTION, max_new_tokens=1).text
+    assert uncalibrated == (first if second or not refuses else other).strip(), "by its likelihood"
+    engine.calibration["refusal_odds"] = odds + above
+    said = memory.query(QUESTION, max_new_tokens=1)
     assert said.text == (refusal if refuses else first if second else other).strip()
     assert said.found is not refuses
+
+
+def noted_inputs(memory: MemoryModel, layers: tuple[int, ...]) -> dict[int, torch.Tensor]:
+    """Normed inputs of these layers at the end of the prompt of ``QUESTION``, from a hook on its own."""
+    engine, found = memory._engine(), {}
+    handles = [
+        engine.decoder.model.layers[layer].input_layernorm.register_forward_hook(
+            lambda module, given, out, layer=layer: found.__setitem__(layer, out[-1])
+        )
+        for layer in layers
+    ]
+    try:
+        first_choices(memory)
+        return {layer: found[layer].clone() for layer in layers}
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_conversations_are_not_judged(calibrated: Open, wish: tuple[str, float, str]) -> None:
+    memory = calibrated(wish[0])
+    engine = memory._engine()
+    said = memory.chat([{"role": "user", "content": QUESTION}], max_new_tokens=1).text
+    engine.answerability = AnswerabilityHead(
+        (0,), torch.zeros(1, engine.decoder.config.hidden_size), torch.zeros(8), 1.0
+    )
+    engine.calibration["refusal_odds"] = 5.0
+    memory.query(QUESTION, max_new_tokens=1)
+    assert memory.chat([{"role": "user", "content": QUESTION}], max_new_tokens=1).text == said
 
 
 def test_only_the_refusal_is_held_back_and_only_at_the_start(
@@ -145,3 +186,44 @@ def test_a_model_reads_no_more_documents_than_it_was_calibrated_for(
 def test_every_round_reads_its_own(calibrated: Open) -> None:
     rounds = calibrated(evidence_documents=1).query(QUESTION, max_rounds=2, max_new_tokens=1).rounds
     assert [len(step.documents) for step in rounds] == [1, 1]
+
+
+@pytest.mark.parametrize("k", [2, 4, None])
+def test_a_later_round_reads_what_the_evidence_names(calibrated: Open, k: int | None) -> None:
+    """Wherever the first round begins: every document names another one by its title."""
+    memory = calibrated(evidence_documents=1)
+    circle = 40
+    memory.add_many(
+        {
+            "id": f"film {n}",
+            "content": f"A film about lions by Director Number{(n + 7) % circle}.",
+            "metadata": {"title": f"Director Number{n} (director)"},
+        }
+        for n in range(circle)
+    )
+    where = {"$id": {"$in": [f"film {n}" for n in range(circle)]}}
+    first, second = memory.query(QUESTION, k=k, max_rounds=2, where=where, max_new_tokens=1).rounds
+    named = [f"film {(int(id.removeprefix('film ')) + 7) % circle}" for id in first.documents]
+    assert len(first.documents) == (1 if k is None else k // 2)
+    assert set(second.documents) == set(named) - set(first.documents)
+    assert {source.id for source in memory.query(QUESTION, k=k, max_rounds=2, where=where).sources} == {
+        *first.documents,
+        *second.documents,
+    }
+
+
+def test_what_comes_beside_the_named_is_found_by_the_question(calibrated: Open) -> None:
+    memory = calibrated()
+    texts = [f"The lion number {n} sleeps beside Old Oak." for n in range(20)]
+    memory.add_many({"id": f"lion {n}", "content": text} for n, text in enumerate(texts))
+    memory.add("A tree.", id="tree", metadata={"title": "Old Oak"})
+    where = {"$id": {"$in": ["tree", *(f"lion {n}" for n in range(20))]}}
+    ranked = [hit.id for hit in memory.search(QUESTION, k=21, where=where) if hit.id != "tree"]
+    scores = {hit.id: hit.score for hit in memory.search(QUESTION, k=21, where=where)}
+    answer = memory.query(QUESTION, k=6, max_rounds=2, where=where, max_new_tokens=1)
+    read = [id for step in answer.rounds for id in step.documents]
+    if "tree" not in answer.rounds[0].documents:
+        assert answer.rounds[1].documents[0] == "tree"
+    assert [id for id in read if id != "tree"] == ranked[:5]
+    shown = {source.id: source.score for source in answer.sources if source.id != "tree"}
+    assert shown == {id: scores[id] for id in shown}, "each is scored by the routing that found it"

@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 from datetime import date, timedelta
 
-__all__ = ["Conflict", "conflict"]
+__all__ = ["Conflict", "Fact", "conflict", "facts"]
 
 NAMES = (
     "Ada Alice Amir Anna Ben Carla Chen Clara Daniel Diego Elena Emma Erik Fatima Felix Grace Hana Hugo "
@@ -142,3 +142,23 @@ def conflict(seed: int, index: int) -> Conflict:
         entries.append((when, draw.choice(beside.first).format(n=other, v=draw.choice(beside.values))))
     question = draw.choice(kind.questions).format(n=names[0])
     return Conflict(tuple(sorted(entries)), question, new)
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """A statement about a person, a question about it, and the answer."""
+
+    text: str
+    question: str
+    answer: str
+
+
+def facts(rng: random.Random, each: int = 4) -> list[Fact]:
+    """So many facts about each of the people."""
+    found = []
+    for name in NAMES:
+        for kind in rng.sample(_KINDS, each):
+            value = rng.choice(kind.values)
+            text, question = rng.choice(kind.first), rng.choice(kind.questions)
+            found.append(Fact(text.format(n=name, v=value), question.format(n=name), value))
+    return found

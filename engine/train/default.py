@@ -2,7 +2,8 @@
 
 One call does as much as its time allows and the next goes on: tuning to read and to refuse, routers on half
 of the articles that scout for a third tuning, in which layers learn to route, the final routers on the tuned
-model, a folder that opens, and calibration. Stages that are done, with the same recipe and data, are skipped.
+model, a folder that opens, calibration, and the head that tells whether there is an answer. Stages that are
+done, with the same recipe and data, are skipped.
 """
 
 from __future__ import annotations
@@ -16,18 +17,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from msa_memory.engine.answerability import HEAD_FILE
 from msa_memory.engine.fingerprint import fingerprint_files
 from msa_memory.engine.models import DEFAULT_MODEL
 from msa_memory.engine.train.adapter import AdapterTraining
+from msa_memory.engine.train.answerability import AnswerabilityTraining
 from msa_memory.engine.train.calibrate import CalibrationOptions
 from msa_memory.engine.train.jobs import (
     AdapterJob,
+    AnswerabilityJob,
     CalibrateJob,
     RouterJob,
     Tell,
     calibrate_files,
     quiet,
     train_adapter_files,
+    train_answerability_files,
     train_router_files,
 )
 from msa_memory.engine.train.mixture import MixtureOptions
@@ -76,6 +81,7 @@ class Recipe:
     routers: RouterTraining = field(default_factory=RouterTraining)
     lexical: bool = False
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    answerability: AnswerabilityTraining = field(default_factory=AnswerabilityTraining)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +113,7 @@ class DefaultModel:
 
 
 def train_default_model(job: DefaultModel, tell: Tell = quiet) -> Path:
-    """Do what is left to do; returns the folder with router.json, router.safetensors and adapter.safetensors.
+    """Do what is left to do; returns the folder with the files that ship.
 
     Raises:
         Paused: the job's deadline is over; the next call goes on.
@@ -162,7 +168,16 @@ def train_default_model(job: DefaultModel, tell: Tell = quiet) -> Path:
         options=recipe.calibration,
     )
     about = [given, asdict(recipe.calibration)]
-    _stage(calibration.out, about, partial(calibrate_files, calibration, tell))
+    given = _stage(calibration.out, about, partial(calibrate_files, calibration, tell))
+    judge = AnswerabilityJob(
+        **common,
+        out=work / "answerability",
+        routers=work / "routers",
+        adapter=route,
+        recipe=recipe.answerability,
+    )
+    about = [given, asdict(recipe.answerability)]
+    _stage(judge.out, about, partial(train_answerability_files, judge, tell))
     return _result(job, route)
 
 
@@ -181,7 +196,7 @@ def _result(job: DefaultModel, tuned: Path) -> Path:
     """The files that ship, side by side; written anew at every call, which takes no time."""
     folder = job.work / job.model.rsplit("/", 1)[-1]
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("router.json", "router.safetensors"):
+    for name in ("router.json", "router.safetensors", HEAD_FILE):
         shutil.copyfile(job.work / "routers" / name, folder / name)
     shutil.copyfile(tuned, folder / "adapter.safetensors")
     return folder

@@ -6,6 +6,7 @@ its progress through one callback: (label, done, total, note).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from msa_memory.engine.adapter import adapter_of, load_adapter
+from msa_memory.engine.answerability import HEAD_FILE, save_head
 from msa_memory.engine.checkpoint import Checkpoint, open_checkpoint
 from msa_memory.engine.config import MSAConfig
 from msa_memory.engine.convert import convert
@@ -24,6 +26,13 @@ from msa_memory.engine.fingerprint import fingerprint_files
 from msa_memory.engine.layout import Layout
 from msa_memory.engine.models import DEFAULT_MODEL, resolve
 from msa_memory.engine.train.adapter import AdapterTraining, train_adapter
+from msa_memory.engine.train.answerability import (
+    AnswerabilityTraining,
+    article_lessons,
+    collect,
+    fit,
+    note_lesson,
+)
 from msa_memory.engine.train.branches import BranchedRow
 from msa_memory.engine.train.calibrate import CalibrationOptions, calibrate
 from msa_memory.engine.train.chat import own_answers, plain_prompts
@@ -52,6 +61,7 @@ from msa_memory.errors import ConfigError
 
 __all__ = [
     "AdapterJob",
+    "AnswerabilityJob",
     "CalibrateJob",
     "FidelityJob",
     "FullJob",
@@ -65,6 +75,7 @@ __all__ = [
     "reading_exercises",
     "router_settings",
     "train_adapter_files",
+    "train_answerability_files",
     "train_full_files",
     "train_router_files",
 ]
@@ -500,14 +511,7 @@ def calibrate_files(job: CalibrateJob, tell: Tell = quiet) -> dict[str, Any]:
     files of an installed model are left alone.
     """
     job.out.mkdir(parents=True, exist_ok=True)
-    if job.routers is None:
-        engine, source = open_engine(
-            job.model, job.out, device=job.device, adapter=True if job.adapter is None else job.adapter
-        )
-    else:
-        source = open_checkpoint(resolve(job.model))
-        folder = _with_routers(job.model, job.routers, job.adapter, job.out / "model")
-        engine = load_engine(folder, device=job.device)
+    engine = _routed_engine(job)
     found = calibrate(
         engine,
         job.passages,
@@ -517,11 +521,84 @@ def calibrate_files(job: CalibrateJob, tell: Tell = quiet) -> dict[str, Any]:
         report=lambda what, done, total: tell(what, done, total, ""),
     )
     write_json(job.out / "calibration.json", found)
-    if job.routers is not None:
-        _merge_calibration(job.routers / "router.json", found["calibration"])
-    elif job.model != DEFAULT_MODEL and source.path.is_dir():
-        _merge_calibration(source.path / "config.json", found["calibration"])
+    _tell_model(job, found["calibration"])
     return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnswerabilityJob:
+    """Files and settings of one training of the head that tells whether there is an answer.
+
+    ``routers`` and ``adapter`` as of a ``CalibrateJob``.
+    """
+
+    passages: Sequence[Path]
+    questions: Sequence[Path]
+    out: Path
+    model: str = DEFAULT_MODEL
+    routers: Path | None = None
+    adapter: Path | None = None
+    device: str = "auto"
+    recipe: AnswerabilityTraining = field(default_factory=AnswerabilityTraining)
+    deadline: float | None = None
+    """As of a ``RouterJob``."""
+
+
+def train_answerability_files(job: AnswerabilityJob, tell: Tell = quiet) -> dict[str, Any]:
+    """Train the head; writes its file and answerability.json to ``out``.
+
+    The file also goes beside the ``routers``, or into a model that is a folder of its own, and
+    ``refusal_odds`` to the settings there.
+    """
+    job.out.mkdir(parents=True, exist_ok=True)
+    engine = _routed_engine(job)
+    texts, asked = read_passages(list(job.passages)), read_questions(list(job.questions))
+    layers = job.recipe.layers_of(engine)
+    reading = {name: value for name, value in engine.calibration.items() if not name.startswith("refusal")}
+    about: list[Any] = [fingerprint_files([*job.passages, *job.questions]), engine.fingerprint, reading]
+    about += [asdict(job.recipe), layers]
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    lessons = [*article_lessons(texts, asked, job.recipe), note_lesson(texts, asked, job.recipe)]
+    examples = [
+        collect(
+            engine,
+            lesson,
+            layers,
+            job.out / f"{lesson.name}-{digest}.safetensors",
+            deadline=job.deadline,
+            report=lambda what, done, total: tell(what, done, total, ""),
+        )
+        for lesson in lessons
+    ]
+    head, figures = fit(examples, layers, job.recipe.penalty, job.recipe.lost)
+    write_json(job.out / "answerability.json", figures)
+    save_head(head, job.out / HEAD_FILE)
+    folder = _tell_model(job, {"refusal_odds": figures["refusal_odds"]})
+    if folder is not None:
+        save_head(head, folder / HEAD_FILE)
+    return figures
+
+
+def _routed_engine(job: CalibrateJob | AnswerabilityJob) -> Engine:
+    """The job's model, with the routers and the adapter that it names."""
+    if job.routers is None:
+        adapter = True if job.adapter is None else job.adapter
+        return open_engine(job.model, job.out, device=job.device, adapter=adapter)[0]
+    return load_engine(
+        _with_routers(job.model, job.routers, job.adapter, job.out / "model"), device=job.device
+    )
+
+
+def _tell_model(job: CalibrateJob | AnswerabilityJob, chosen: dict[str, Any]) -> Path | None:
+    """Put chosen numbers where the job's model has them; the folder, None for an installed model."""
+    if job.routers is not None:
+        _merge_calibration(job.routers / "router.json", chosen)
+        return job.routers
+    folder = open_checkpoint(resolve(job.model)).path
+    if job.model == DEFAULT_MODEL or not folder.is_dir():
+        return None
+    _merge_calibration(folder / "config.json", chosen)
+    return folder
 
 
 def _with_routers(model: str, routers: Path, adapter: Path | None, folder: Path) -> Path:

@@ -379,13 +379,6 @@ def train_calibration(
     lost_to_refusal: Annotated[
         float | None, typer.Option(help="Share of answerable questions that may be refused.")
     ] = None,
-    weigh_relevance: Annotated[
-        bool,
-        typer.Option(
-            "--weigh-relevance",
-            help="Refuse by the best passage's relevance too; for memories of texts like these.",
-        ),
-    ] = False,
     device: Device = "auto",
     seed: Seed = 0,
     minutes: Minutes = None,
@@ -402,7 +395,6 @@ def train_calibration(
             distractors=distractors,
             lost_to_score=lost_to_score,
             lost_to_refusal=lost_to_refusal,
-            weigh_relevance=weigh_relevance or None,
             seed=seed,
         )
     )
@@ -421,6 +413,63 @@ def train_calibration(
         found = calibrate_files(job, tell)
     chosen = ", ".join(f"{name} {value:g}" for name, value in found["calibration"].items())
     _result(call, found, chosen)
+
+
+def train_answerability(
+    call: Call,
+    passages: Passages,
+    questions: Questions,
+    out: Out,
+    model: ModelName = None,
+    routers: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, metavar="FOLDER", help="Routers to read with instead."),
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(exists=True, metavar="FILE", help="The adapter that belongs to them.")
+    ] = None,
+    parts: Annotated[int | None, typer.Option(help="Banks of whole articles to ask over.")] = None,
+    bank_passages: Annotated[int | None, typer.Option(help="Passages in each, about.")] = None,
+    asked: Annotated[int | None, typer.Option(help="Questions over each.")] = None,
+    layer: Annotated[
+        list[int] | None, typer.Option(help="A layer to read; several times for more, else upper ones.")
+    ] = None,
+    lost: Annotated[float | None, typer.Option(help="Share of answerable questions to refuse.")] = None,
+    device: Device = "auto",
+    seed: Seed = 17,
+    minutes: Minutes = None,
+) -> None:
+    """Train the head that tells from hidden states whether the evidence holds an answer."""
+    from msa_memory.engine.models import DEFAULT_MODEL
+    from msa_memory.engine.train.answerability import AnswerabilityTraining
+    from msa_memory.engine.train.jobs import AnswerabilityJob, train_answerability_files
+
+    recipe = AnswerabilityTraining(
+        **_given(
+            parts=parts,
+            passages=bank_passages,
+            questions=asked,
+            layers=tuple(layer) if layer else None,
+            lost=lost,
+            seed=seed,
+        )
+    )
+    job = AnswerabilityJob(
+        passages=passages,
+        questions=questions,
+        out=out,
+        model=model or DEFAULT_MODEL,
+        routers=routers,
+        adapter=adapter,
+        device=device,
+        recipe=recipe,
+        deadline=_deadline(minutes),
+    )
+    with _watched(call) as tell:
+        found = train_answerability_files(job, tell)
+    refused = found["refused"]
+    shown = f"refuses {refused['absent']:.0%} without an answer, {refused['present']:.0%} with one"
+    _result(call, found, f"{shown} ({found['questions']:,} questions)")
 
 
 def train_default(
@@ -601,6 +650,7 @@ _COMMANDS: dict[str, Command] = {
     "full": train_full,
     "questions": train_questions,
     "calibrate": train_calibration,
+    "answerability": train_answerability,
     "default": train_default,
     "fidelity": train_fidelity,
 }

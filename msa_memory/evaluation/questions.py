@@ -150,7 +150,7 @@ class _Exam:
         return [Text.of(self.subject.memory.get(id)) for id in ids]
 
     def refuse(self, question: Question, where: Mapping[str, Any] | None = None) -> Row:
-        """Whether the memory finds an answer, its best score and how likely a refusal starts the answer."""
+        """Whether the memory finds an answer, its best score and how much the model doubts that it can."""
         answer = self.subject.ask(question.text, where=where)
         best = max((source.score for source in answer.sources), default=None)
         if best is None:
@@ -161,7 +161,7 @@ class _Exam:
             "answer": answer.text,
             "refused": not answer.found,
             "score": best,
-            "refusal": self.subject.refusal(question.text, texts, where=where),
+            "doubt": self.subject.doubt(question.text, texts, where=where),
         }
 
 
@@ -196,12 +196,12 @@ def _answers(rows: Sequence[Row]) -> dict[str, Any]:
 def _refusals(present: Sequence[Row], others: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
     """What is refused as shipped, and how well scores and the model's own doubt separate the questions.
 
-    ``doubt`` is the log-probability that the answer does not start as a refusal, so that high is sure.
+    ``doubt`` is negated, so that high is sure as with the scores.
     """
     figures: dict[str, Any] = {"false_refusals": statistics.mean([row["refused"] for row in present])}
     signals: dict[str, Callable[[Row], float]] = {
         "score": lambda row: row["score"],
-        "doubt": lambda row: -row["refusal"],
+        "doubt": lambda row: -row["doubt"],
     }
     for name, rows in others.items():
         if not rows:

@@ -113,9 +113,9 @@ class Subject:
         texts = [Text.of(document) for document in reversed(self.memory.list(limit=EVERYTHING).items)]
         return self.memory._run(self._read_whole(question, texts))
 
-    def refusal(self, question: str, texts: Sequence[Text], *, where: Where | None = None) -> float:
-        """Log-probability that the answer from texts and memory starts as a refusal does."""
-        return self.memory._run(self._refusal(question, self.fitting(texts), where))
+    def doubt(self, question: str, texts: Sequence[Text], *, where: Where | None = None) -> float:
+        """How sure the model is that texts and memory hold no answer (``Engine.doubt``)."""
+        return self.memory._run(self._doubt(question, self.fitting(texts), where))
 
     def fitting(self, texts: Sequence[Text]) -> list[Text]:
         """As many of the best texts as the memory would read; the first one is cut if it has to be."""
@@ -208,7 +208,7 @@ class Subject:
         text = generation.text.strip()
         return Reading(text, _says_refusal(text, engine), len(ids), seconds)
 
-    def _refusal(
+    def _doubt(
         self, question: str, texts: Sequence[Text], where: Where | None
     ) -> Generator[None, None, float]:
         engine, routing = self.memory._engine(), self._route(question, where)
@@ -216,8 +216,8 @@ class Subject:
         ids = engine.prompt.reading(_evidence(texts), question)
         row = engine.start(routing.view, capacity=len(ids))
         row.attend_to(routing.selections, {layer: at for at, layer in enumerate(engine.msa.router_layers)})
-        logits = advance(engine.decoder, [Feed(row, ids)])[0]
-        return float(logits.float().log_softmax(-1)[engine.prompt.refusal[0]])
+        logits = advance(engine.decoder, [Feed(row, ids, noted=engine.judging_layers)])[0]
+        return engine.doubt(row, logits, routing)
 
     def _read_whole(self, question: str, texts: Sequence[Text]) -> Generator[None, None, Reading | None]:
         engine = self.memory._engine()

@@ -18,6 +18,7 @@ from msa_memory.engine.adapter import Adapter, load_adapter
 from msa_memory.engine.context import Feed, Sequence, advance
 from msa_memory.engine.engine import load_engine
 from msa_memory.engine.train.adapter import AdapterTraining, save_adapter
+from msa_memory.engine.train.answerability import AnswerabilityTraining
 from msa_memory.engine.train.calibrate import CalibrationOptions, calibrate, choose_threshold
 from msa_memory.engine.train.data import Passage, read_passages, read_questions
 from msa_memory.engine.train.default import DefaultModel, Recipe, train_default_model
@@ -310,8 +311,9 @@ SMALL = Recipe(
     scouts=RouterTraining(steps=2, batch_size=4),
     routers=RouterTraining(steps=3, batch_size=4),
     calibration=CalibrationOptions(read=2, distractors=3),
+    answerability=AnswerabilityTraining(parts=1, passages=12, questions=6, layers=(1, 3)),
 )
-RESULT = ("adapter.safetensors", "router.json", "router.safetensors")
+RESULT = ("adapter.safetensors", "answerability.safetensors", "router.json", "router.safetensors")
 
 
 class TestDefault:
@@ -325,7 +327,13 @@ class TestDefault:
     def test_its_files_make_a_model(self, whole: Path, data: Path) -> None:
         assert tuple(sorted(path.name for path in whole.iterdir())) == RESULT
         calibration = json.loads((whole / "router.json").read_text())["calibration"]
-        assert {"lexical_weight", "min_score", "evidence_share", "refusal_logprob"} <= calibration.keys()
+        assert {
+            "lexical_weight",
+            "min_score",
+            "evidence_share",
+            "refusal_logprob",
+            "refusal_odds",
+        } <= calibration.keys()
         engine = load_engine(whole.parent / "calibrated" / "model", device="cpu")
         routers = load_file(whole / "router.safetensors")
         trained = routers["model.layers.1.self_attn.router_k_proj.0.weight"].float()
@@ -351,7 +359,7 @@ class TestDefault:
         assert "encoding stopped at n of n documents" in stopped
         folder = train_default_model(job(None))
         assert (folder / "router.json").read_text() == (whole / "router.json").read_text()
-        for name in ("adapter.safetensors", "router.safetensors"):
+        for name in RESULT[:2] + RESULT[3:]:
             ours, theirs = load_file(folder / name), load_file(whole / name)
             assert ours.keys() == theirs.keys()
             assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
