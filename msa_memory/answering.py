@@ -1,14 +1,14 @@
 """Asking a memory: route, read the evidence, answer. One ``Asking`` is one question.
 
 Each public method is a generator that the worker thread advances step by step. Knows the order of
-things; scoring belongs to the engine, choosing text to ``recall``, rows to the store.
+things; scoring belongs to the engine, rounds to ``retrieval``, choosing text to ``recall``, rows to the store.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -20,27 +20,23 @@ from msa_memory.conversation import Conversation
 from msa_memory.engine.bank_view import BankView, Selection
 from msa_memory.engine.context import Sequence as Row
 from msa_memory.engine.engine import Engine, Routing
-from msa_memory.engine.evidence_choice import near_the_best
 from msa_memory.engine.generation import Generation
 from msa_memory.engine.grown_contexts import Grown
 from msa_memory.engine.interleave import ANSWER_PREFIX, Interleave, InterleaveOptions
 from msa_memory.engine.sampling import Constraint, SamplingOptions
 from msa_memory.errors import ConfigError, InvalidDocumentError, LimitError, NotFoundError
 from msa_memory.living_bank import LivingBank
-from msa_memory.naming import names
 from msa_memory.persistence import PassageText, Store
 from msa_memory.recall import (
     MIN_EXCERPT_TOKENS,
     Excerpt,
-    Hit,
-    best_documents,
     citation,
     cite,
     evidence_entry,
     evidence_text,
-    fit_evidence,
     to_source,
 )
+from msa_memory.retrieval import Recalled, Retrieval
 from msa_memory.types import (
     Answer,
     AnswerChunk,
@@ -64,8 +60,6 @@ WINDOW_RESERVE = 32
 FRESH_STARTS = 8
 """How often a question starts over when what it reads is forgotten or replaced meanwhile."""
 EXPLAINED_PASSAGES = 20
-NAMED_AMONG = 128
-"""Documents that a later round looks through for those that the evidence names."""
 Scores = NDArray[np.float32]
 S = TypeVar("S")
 T = TypeVar("T")
@@ -111,18 +105,6 @@ class AnswerOptions:
         )
 
 
-@dataclass(slots=True)
-class _Recalled:
-    """What the rounds of retrieval brought: hits best first per round, and every passage's score."""
-
-    hits: list[Hit] = field(default_factory=list)
-    rounds: list[Round] = field(default_factory=list)
-    scores: dict[int, float] = field(default_factory=dict)
-    tokens: int = 0
-    excerpts: list[Excerpt] = field(default_factory=list)
-    dropped: list[Excerpt] = field(default_factory=list)
-
-
 class Asking:
     """One question to one namespace of a memory."""
 
@@ -151,7 +133,7 @@ class Asking:
     def _find(self, view: BankView) -> Generator[None, None, list[Source]]:
         """Route and look the texts up. NotFoundError where one was forgotten or replaced in between."""
         routing = yield from self._route(view)
-        routing, hits = self._best(routing, self.options.k or 5)
+        routing, hits = self._retrieval.best(routing, self.options.k or 5)
         scores = routing.relevance()
         by_number = dict(zip(routing.numbers.tolist(), scores.tolist(), strict=True))
         numbers = [hit.passages[0].number for hit in hits]
@@ -164,27 +146,28 @@ class Asking:
             for text in found
         ]
 
-    def _best(self, routing: Routing, k: int, skip: Iterable[str] = ()) -> tuple[Routing, list[Hit]]:
-        """The k best documents, by exact scores of all their passages that count."""
-        skipped = tuple(skip)
-        while True:
-            scores = routing.relevance()
-            hits = best_documents(routing.numbers, scores, self.bank.records, k, skipped)
-            shown = [record.number for hit in hits for record in hit.passages]
-            lowest = scores[np.isin(routing.numbers, shown)].min(initial=np.inf)
-            needed = int((scores >= lowest).sum())
-            if needed <= routing.exact:
-                return routing, hits
-            routing = routing.settled(2 * needed)
+    @property
+    def _retrieval(self) -> Retrieval:
+        options = self.options
+        return Retrieval(
+            self.engine,
+            self.bank,
+            self.store,
+            self.config,
+            options.question,
+            self._route,
+            options.k,
+            options.max_rounds,
+        )
 
     def context(self) -> Generator[None, None, Context]:
         """The evidence as one citable block."""
         budget = self.options.max_tokens or self.config.max_evidence_tokens
         render = partial(citation, MOST_CITATIONS)
 
-        def recall(view: BankView) -> Generator[None, None, _Recalled]:
+        def recall(view: BankView) -> Generator[None, None, Recalled]:
             routing = yield from self._route(view)
-            return (yield from self._recall(view, routing, budget, render))
+            return (yield from self._retrieval.recall(view, routing, budget, render))
 
         recalled = yield from self._undisturbed(self._view(), recall)
         return Context(
@@ -213,7 +196,7 @@ class Asking:
             answer = yield from ways(view, clock)
         else:
             generation = yield from self._chat()
-            answer = yield from self._generated(generation, _Recalled(), clock)
+            answer = yield from self._generated(generation, Recalled(), clock)
         yield AnswerChunk(text="", answer=answer)
         return answer
 
@@ -229,7 +212,7 @@ class Asking:
         return (yield from self._generated(generation, recalled, clock))
 
     def _generated(
-        self, generation: Generation, recalled: _Recalled, clock: _Clock
+        self, generation: Generation, recalled: Recalled, clock: _Clock
     ) -> Generator[AnswerChunk | None, None, Answer]:
         """Decode what was prefilled; keep the prompt for the next one that begins alike."""
         otherwise = "" if self.options.conversation else NOTHING_FOUND
@@ -245,15 +228,15 @@ class Asking:
 
     def _read(
         self, view: BankView, budget: int, clock: _Clock
-    ) -> Generator[None, None, tuple[_Recalled, Generation | None]]:
+    ) -> Generator[None, None, tuple[Recalled, Generation | None]]:
         """Retrieve and prefill the evidence; no generation where nothing is relevant."""
         routing = yield from self._route(view)
         best = float(routing.relevance().max(initial=-np.inf))
         if len(view) == 0 or best < self._min_score():
             clock.lap("route_s")
             chat = (yield from self._chat()) if self.options.conversation else None
-            return _Recalled(tokens=routing.tokens), chat
-        recalled = yield from self._recall(view, routing, budget, evidence_entry)
+            return Recalled(tokens=routing.tokens), chat
+        recalled = yield from self._retrieval.recall(view, routing, budget, evidence_entry)
         clock.lap("route_s")
         known: Row | None
         going_on = self._going_on(view, routing.selections, recalled.excerpts)
@@ -404,7 +387,7 @@ class Asking:
             record = read[number].record
             return Excerpt(read[number], scores.get(number, 0.0), record.start, record.end)
 
-        recalled = _Recalled(
+        recalled = Recalled(
             rounds=[
                 Round(number=place, documents=tuple(dict.fromkeys(read[n].record.document_id for n in named)))
                 for place, named in enumerate(result.rounds, 1)
@@ -509,115 +492,6 @@ class Asking:
             )
         )
 
-    def _recall(
-        self, view: BankView, routing: Routing, budget: int, render: Callable[[Excerpt], str]
-    ) -> Generator[None, None, _Recalled]:
-        """Rounds of retrieval, then the evidence that fits the budget."""
-        recalled, hits = _Recalled(), list[Hit]()
-        k = self.options.k or self.config.k
-        rounds = min(k, self._rounds(routing, k))
-        asked = routing
-        for number in range(rounds):
-            share = (k - len(recalled.hits)) // (rounds - number)
-            if number == 0:
-                asked, best = self._best(asked, share)
-                found = [(asked, self._near_the_best(best))]
-            else:
-                newest = self._fit(routing, hits, recalled.scores, budget, evidence_entry)[0]
-                routing = yield from self._route(view, evidence_text(newest))
-                found = self._follow(asked, routing, evidence_text(newest), share, recalled.hits)
-            hits = [hit for _, some in found for hit in some]
-            if not hits:
-                break
-            recalled.tokens += routing.tokens
-            recalled.hits += hits
-            recalled.rounds.append(Round(number=number + 1, documents=tuple(hit.document_id for hit in hits)))
-            for source, some in found:
-                recalled.scores |= _scores_of(source, some)
-        recalled.excerpts, recalled.dropped = self._fit(
-            routing, recalled.hits, recalled.scores, budget, render
-        )
-        return recalled
-
-    def _follow(
-        self, asked: Routing, routing: Routing, newest: str, share: int, read: Sequence[Hit]
-    ) -> list[tuple[Routing, list[Hit]]]:
-        """At most ``share`` documents that come next, with the routing that each is scored by.
-
-        First those that the ``newest`` evidence names, in the order in which it leads to them, then the next
-        best for the question itself. Where it names none, those that question and evidence together find.
-        """
-        skip = [hit.document_id for hit in read]
-        routing, near = self._best(routing, NAMED_AMONG, skip)
-        titles = {
-            number: str(passage.metadata.get("title") or "")
-            for number, passage in self.store.passages([hit.passages[0].number for hit in near]).items()
-        }
-        named = [
-            hit
-            for hit in near
-            if names(newest, titles.get(hit.passages[0].number, ""), self.options.question)
-        ]
-        if not named:
-            return [(routing, self._near_the_best(near[:share]))]
-        if self.options.k is None:
-            share = min(share, int(self.engine.calibration.get("evidence_documents", share)))
-        named = named[:share]
-        if self.options.k is None or len(named) == share:
-            return [(routing, named)]
-        skip += [hit.document_id for hit in named]
-        asked, others = self._best(asked, share - len(named), skip)
-        return [(routing, named), (asked, others)]
-
-    def _near_the_best(self, hits: list[Hit]) -> list[Hit]:
-        """Without an explicit ``k``: only as many as the model was calibrated to read in one round."""
-        if self.options.k is not None:
-            return hits
-        tokens = [sum(passage.tokens for passage in hit.passages) for hit in hits]
-        near = near_the_best([hit.score for hit in hits], tokens, self.engine.calibration)
-        return [hits[place] for place in near]
-
-    def _rounds(self, routing: Routing, k: int) -> int:
-        """How many rounds to go: one where the first is confident, or the model was not trained for more."""
-        asked = self.options.max_rounds
-        most = asked or min(self.config.max_rounds, int(self.engine.calibration.get("max_rounds", 1)))
-        margin = self.engine.calibration.get("confident_margin")
-        if most == 1 or margin is None or asked is not None:
-            return most
-        best = np.sort(routing.relevance()[np.isfinite(routing.relevance())])[::-1]
-        confident = len(best) <= k or best[0] - best[k] >= margin
-        return 1 if confident else most
-
-    def _fit(
-        self,
-        routing: Routing,
-        hits: Sequence[Hit],
-        scores: dict[int, float],
-        budget: int,
-        render: Callable[[Excerpt], str],
-    ) -> tuple[list[Excerpt], list[Excerpt]]:
-        texts = self.store.passages([record.number for hit in hits for record in hit.passages])
-        kept = [
-            Hit(
-                hit.document_id, hit.score, tuple(record for record in hit.passages if record.number in texts)
-            )
-            for hit in hits
-        ]
-        return fit_evidence(
-            [hit for hit in kept if hit.passages],
-            texts,
-            scores,
-            budget,
-            lambda excerpt: self.engine.count_tokens(render(excerpt)),
-            lambda passage: self._best_chunk(routing, passage),
-        )
-
-    def _best_chunk(self, routing: Routing, passage: PassageText) -> tuple[int, int]:
-        """Characters, in the document, of the passage's chunk that the routers score highest."""
-        record = passage.record
-        first, last = self.engine.best_chunk(routing, record.number, passage.header, passage.text)
-        return record.start + first, record.start + last
-
     def _min_score(self) -> float:
         if self.config.min_score is not None:
             return self.config.min_score
@@ -638,7 +512,7 @@ class Asking:
         self,
         generated: str,
         shown: str,
-        recalled: _Recalled,
+        recalled: Recalled,
         usage: Usage,
         clock: _Clock,
         finish_reason: Literal["stop", "length"] = "stop",
@@ -664,14 +538,6 @@ class Asking:
 def _entry(excerpt: Excerpt) -> Hashable:
     """What tells one excerpt's text from any other."""
     return excerpt.passage.record.number, excerpt.start, excerpt.end
-
-
-def _scores_of(routing: Routing, hits: Sequence[Hit]) -> dict[int, float]:
-    """The relevance of the passages of some documents, by number."""
-    wanted = [record.number for hit in hits for record in hit.passages]
-    places = np.flatnonzero(np.isin(routing.numbers, wanted))
-    relevance = routing.relevance()
-    return dict(zip(routing.numbers[places].tolist(), relevance[places].tolist(), strict=True))
 
 
 def _shown(
