@@ -21,7 +21,7 @@ from torch import Tensor
 
 from msa_memory.errors import CheckpointError
 
-__all__ = ["HEAD_FILE", "SIGNALS", "AnswerabilityHead", "load_head", "save_head", "told_signals"]
+__all__ = ["AnswerabilityHead", "HEAD_FILE", "SIGNALS", "load_head", "save_head", "told_signals"]
 
 HEAD_FILE = "answerability.safetensors"
 SIGNALS = 8

@@ -460,7 +460,7 @@ def test_reading_its_own_evidence_with_attention_is_the_memory_itself(people: Su
         assert read, "the tiny model finds something"
         assert people.read(question.text, read, attend=True).text == answer.text
         differs |= people.read(question.text, read).text != answer.text
-        assert people.refusal(question.text, read) < 0
+        assert people.doubt(question.text, read) < 0
     assert differs, "attention to the memory changes no answer: the ablation would be empty"
 
 
