@@ -29,6 +29,8 @@ Run = tuple[SequenceCache, int]
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
+    """Maps and norms of one layer; ``attention_norm`` and ``mlp_norm`` as ``_rms_norm`` takes them."""
+
     attention_norm: Tensor
     qkv: LinearMap
     q_norm: Tensor | None
@@ -51,7 +53,7 @@ class Stepper:
 
     def __init__(self, decoder: Decoder, layers: Sequence[_Layer], head: LinearMap) -> None:
         self.decoder = decoder
-        self.layers, self.head = tuple(layers), head
+        self.layers, self.head, self.norm = tuple(layers), head, _twice(decoder.model.norm.weight)
         config = decoder.config
         self.heads, self.kv_heads, self.dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.inner, self.eps = config.intermediate_size, config.rms_norm_eps
@@ -73,14 +75,14 @@ class Stepper:
         """
         x = self.decoder.model.embed_tokens.weight[torch.tensor(ids)]
         rotation = self._rotation(torch.tensor(positions), x.dtype)
-        size, eps = (x.shape[1],), self.eps
+        eps = self.eps
         for index, layer in enumerate(self.layers):
-            mixed = self._attend(index, layer, F.rms_norm(x, size, layer.attention_norm, eps), rotation, runs)
+            mixed = self._attend(index, layer, _rms_norm(x, layer.attention_norm, eps), rotation, runs)
             x += layer.output(mixed)
-            joined = layer.gate_up(F.rms_norm(x, size, layer.mlp_norm, eps))
+            joined = layer.gate_up(_rms_norm(x, layer.mlp_norm, eps))
             gate, up = joined[:, : self.inner], joined[:, self.inner :]
             x += layer.down(F.silu(gate).mul_(up))
-        return F.rms_norm(x, size, self.decoder.model.norm.weight, eps)
+        return _rms_norm(x, self.norm, eps)
 
     def feed(self, ids: Sequence[int], position: int, cache: SequenceCache) -> Tensor:
         """Feed tokens to one sequence, the first at a rotary position: the logits after each ``[N, V]``."""
@@ -153,6 +155,21 @@ class Stepper:
             joined[:, part] = F.rms_norm(joined[:, part], (self.dim,), weight, self.eps)
 
 
+def _twice(weight: Tensor) -> Tensor:
+    """A norm's weight for ``_rms_norm``."""
+    return torch.cat((weight, weight))
+
+
+def _rms_norm(x: Tensor, twice: Tensor, eps: float) -> Tensor:
+    """RMSNorm of rows ``[N, E]`` as the LayerNorm of ``x`` beside ``-x``, with the weight ``twice`` ``[2E]``.
+
+    That has mean 0 and the mean square as its variance, and one kernel where torch's RMSNorm has six: for a
+    single token it takes half the time.
+    """
+    normed = F.layer_norm(torch.cat((x, -x), -1), twice.shape, twice, None, eps)
+    return normed[:, : x.shape[1]].contiguous()
+
+
 def plain_stepper(decoder: Decoder) -> Stepper:
     """The decoder's own weights; joined ones are moved, so that nothing is held twice."""
 
@@ -209,12 +226,12 @@ def _layer(decoder: Decoder, index: int, join: Join) -> _Layer:
         return join(plain, [f"model.layers.{index}.{module}" for module in modules])
 
     return _Layer(
-        attention_norm=layer.input_layernorm.weight,
+        attention_norm=_twice(layer.input_layernorm.weight),
         qkv=joined("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         q_norm=attention.q_norm.weight if attention.q_norm is not None else None,
         k_norm=attention.k_norm.weight if attention.k_norm is not None else None,
         output=joined("self_attn.o_proj"),
-        mlp_norm=layer.post_attention_layernorm.weight,
+        mlp_norm=_twice(layer.post_attention_layernorm.weight),
         gate_up=joined("mlp.gate_proj", "mlp.up_proj"),
         down=joined("mlp.down_proj"),
     )

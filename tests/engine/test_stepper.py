@@ -251,7 +251,7 @@ class Oracle(PromptLookup):
         self.answer, self.spoilt, self.at = answer, spoilt, 1
 
     def guess(self, most: int) -> list[int]:
-        return [token + self.spoilt() for token in self.answer[self.at : self.at + most]]
+        return [abs(token - self.spoilt()) for token in self.answer[self.at : self.at + most]]
 
     def extend(self, ids: list[int], *, hit: bool = True) -> None:
         self.at += len(ids)
