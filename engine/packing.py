@@ -71,7 +71,8 @@ class _Int8:
             part.copy_((values.float() / scales).round_().clamp_(-127, 127))
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch._weight_int8pack_mm(x, self.codes, self.scales)[:, : self.rows]
+        out = torch._weight_int8pack_mm(x, self.codes, self.scales)
+        return out if self.rows == len(self.codes) else out[:, : self.rows]
 
 
 class PackedMap:
