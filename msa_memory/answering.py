@@ -1,7 +1,8 @@
 """Asking a memory: route, read the evidence, answer. One ``Asking`` is one question.
 
 Each public method is a generator that the worker thread advances step by step. Knows the order of
-things; scoring belongs to the engine, rounds to ``retrieval``, choosing text to ``recall``, rows to the store.
+things; scoring belongs to the engine, rounds to ``retrieval``, choosing text to ``recall``, rows to the
+store.
 """
 
 from __future__ import annotations

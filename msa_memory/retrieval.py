@@ -1,7 +1,8 @@
 """Rounds of retrieval: which documents a question reads, and how much of each.
 
 The first round reads what is most relevant to the question. Each later one goes by what was read before it:
-first what that names by its title, then what the question and the evidence find together.
+first what that names by its title, then the next best; where it names nothing, what question and evidence
+find together.
 """
 
 from __future__ import annotations

@@ -41,6 +41,8 @@ NOTE_PASSAGES, NOTE_QUESTIONS = 400, 600
 LEAST_NOTE_WORDS = 4
 DEPTHS = (0.44, 0.54, 0.64, 0.7, 0.77)
 """Where the layers lie that tell most of it: beyond them a model turns to the words of its answer."""
+KEPT_EVERY = 100
+"""Questions, after which what was collected is kept in case of a kill."""
 FOLDS = 4
 SIGNALS_LESS = 16
 """How many times less a signal's weight is penalised than those of the many inputs."""
@@ -71,6 +73,8 @@ class AnswerabilityTraining:
                 f"{self.parts} parts of {self.passages} passages and {self.questions} questions make no "
                 "training; each has to be at least 1"
             )
+        if not 0 <= self.lost < 1:
+            raise ConfigError(f"lost is {self.lost}; expected a share from 0 to below 1")
 
     def layers_of(self, engine: Engine) -> tuple[int, ...]:
         """The layers to read. Raises ConfigError where the model lacks one."""
@@ -204,9 +208,21 @@ def collect(
         }
 
     rows = {name: list(tensor) for name, tensor in done.items()}
+    first, place = len(done["absent"]) // 2, len(done["absent"]) // 2
+
+    def keep() -> dict[str, Tensor]:
+        """What whole questions have given, in the file."""
+        whole = {name: torch.stack(some[: 2 * place]) if place else done[name] for name, some in rows.items()}
+        scratch = path.with_suffix(".partial")
+        save_file(whole, scratch)
+        scratch.replace(path)
+        return whole
+
     try:
-        for place in range(len(done["absent"]) // 2, len(lesson.asked)):
+        for place in range(first, len(lesson.asked)):
             _check(deadline, lesson, place)
+            if place % KEPT_EVERY == 0:
+                keep()
             asked = lesson.asked[place]
             with torch.inference_mode():
                 one = rank(engine, reader.view, asked, tuple(number_of[id] for id in asked.gold))
@@ -214,9 +230,9 @@ def collect(
                     for name, value in examine(ranked, absent, lesson.articles[place]).items():
                         rows[name].append(value)
             report(f"Asking about {lesson.name}", place + 1, len(lesson.asked))
+        place = len(lesson.asked)
     finally:
-        done = {name: torch.stack(some) if some else done[name] for name, some in rows.items()}
-        save_file(done, path)
+        done = keep()
     return done
 
 

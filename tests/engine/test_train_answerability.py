@@ -93,6 +93,8 @@ class TestLessons:
     def test_what_makes_no_sense_is_refused(self, engine: Engine) -> None:
         with pytest.raises(ConfigError, match="0 questions"):
             AnswerabilityTraining(questions=0)
+        with pytest.raises(ConfigError, match=r"lost is 1\.0"):
+            AnswerabilityTraining(lost=1.0)
         with pytest.raises(ConfigError, match=r"layers \[9\] are none of the model's 4"):
             AnswerabilityTraining(layers=(1, 9)).layers_of(engine)
         assert all(0 < layer < 4 for layer in AnswerabilityTraining().layers_of(engine))
@@ -137,11 +139,25 @@ class TestCollecting:
 
         with pytest.raises(Paused, match="two"):
             collect(engine, lesson, (1, 3), path, deadline=late, report=stop_after_two)
-        assert len(load_file(path)["absent"]) == 4
+        assert 2 <= len(load_file(path)["absent"]) <= 4, "whole questions only"
         with pytest.raises(Paused, match="asking about articles-0 stopped at 0 of 5"):
             collect(engine, lesson, (1, 3), path, deadline=0.0)
         again = collect(engine, lesson, (1, 3), path)
         assert all(torch.equal(again[name], whole[name]) for name in whole)
+        with pytest.MonkeyPatch.context() as patch:
+            start = Reader.start
+            read: list[Ranked] = []
+
+            def interrupted(self: Reader, one: Ranked, *given: Any, **options: Any) -> Any:
+                read.append(one)
+                if len(read) == 4:
+                    raise KeyboardInterrupt
+                return start(self, one, *given, **options)
+
+            patch.setattr(Reader, "start", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                collect(engine, lesson, (1, 3), tmp_path / "half.safetensors")
+        assert len(load_file(tmp_path / "half.safetensors")["absent"]) == 2
         engine.encode_many = pytest.fail  # type: ignore[assignment]
         assert collect(engine, lesson, (1, 3), path).keys() == whole.keys()
 
