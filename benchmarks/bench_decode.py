@@ -1,13 +1,16 @@
 """Decoding against `transformers`' `generate` with its cache: same prompt and length, weights as named.
 
 `exact` decodes with the weights the opponent has, `packed` with the default model's own 4 bits, the adapter
-beside them. The last figure is answers that copy evidence, decoded with and without guessed tokens.
+beside them. The last figure is answers that copy evidence, decoded with and without guessed tokens. With
+--gguf the second opponent is llama.cpp (`pip install llama-cpp-python`) on the backbone's own file, without
+the adapter that ours carries.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from common import arguments, compare, rate, report, texts
@@ -27,6 +30,7 @@ COPIED = "The ferry to the island leaves from the second pier at a quarter past 
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--gguf", type=Path, help="the backbone's GGUF file, for llama.cpp to run")
     options = parser.parse_args()
     folder, new = resolve(DEFAULT_MODEL), options.new_tokens
     engine = load_engine(folder, name=DEFAULT_MODEL, device=options.device)
@@ -34,7 +38,7 @@ def main() -> None:
     theirs = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=engine.decoder.dtype).to(options.device).eval()
     )
-    figures = {}
+    figures, second = {}, {}
     for words in (30, 600):
         prompt = engine.tokenizer.encode(texts(1, words)[0])
         ids = torch.tensor([prompt], device=options.device)
@@ -55,6 +59,10 @@ def main() -> None:
                 ("packed_with_16_passages_in_every_router_layer", engine, True),
             )
         }
+        if options.gguf:
+            second[f"{len(prompt)}_token_prompt"] = compare(
+                ours(engine, prompt, new, False), llama_cpp(options.gguf, prompt, new), options.runs
+            )
     copying = compare(copied(engine, guess=True), copied(engine, guess=False), options.runs)
     report(
         "decode",
@@ -64,6 +72,7 @@ def main() -> None:
             "dtype": str(engine.decoder.dtype),
             "packed_bits": engine.stepper.bits if engine.stepper else None,
             "prompts": figures,
+            "packed_against_llama_cpp": second or None,
             "guessed_tokens_on_a_copied_sentence": copying,
         },
     )
@@ -89,6 +98,26 @@ def ours(engine: Engine, prompt: list[int], new: int, memory: bool) -> Callable[
             newest = token
             for _ in range(new):
                 newest = int(step(newest).argmax())
+
+        return rate(decode, new)
+
+    return measure
+
+
+def llama_cpp(gguf: Path, prompt: list[int], new: int) -> Callable[[], float]:
+    """Tokens per second of llama.cpp's greedy decoding behind a prompt, on as many threads."""
+    from llama_cpp import Llama
+
+    threads = torch.get_num_threads()
+    model = Llama(str(gguf), n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+    def measure() -> float:
+        model.reset()
+        model.eval(prompt)
+
+        def decode() -> None:
+            for _ in range(new):
+                model.eval([model.sample(temp=0.0)])
 
         return rate(decode, new)
 

@@ -125,7 +125,7 @@ class _ContextAttention:
     def __call__(self, layer: int, h: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
         for feed, part in zip(self.feeds, self.parts, strict=True):
             if layer in feed.noted:
-                feed.sequence.noted[layer] = h[part.stop - 1]
+                feed.sequence.noted[layer] = h[part.stop - 1].clone()  # no more of it is kept
         slot = self.slots.get(layer)
         if slot is not None and self.msa is not None:
             for row, places in self.routing:
