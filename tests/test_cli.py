@@ -28,8 +28,8 @@ COMMANDS = [
     "add", "ask", "compact", "eval", "eval conversation", "eval multihop", "eval needles", "eval plot",
     "eval questions", "export", "forget", "fork", "history", "import", "inspect", "list", "mcp",
     "models", "models fetch", "models list", "reencode", "restore", "search", "sessions", "show", "stats",
-    "train", "train adapter", "train calibrate", "train default", "train fidelity", "train full",
-    "train questions", "train router", "update", "verify",
+    "train", "train adapter", "train answerability", "train calibrate", "train default", "train fidelity",
+    "train full", "train questions", "train router", "update", "verify",
 ]  # fmt: skip
 READING = [
     ["ask", "who?"], ["search", "who"], ["list"], ["show", "x"], ["stats"], ["verify"],
