@@ -107,16 +107,19 @@ class Retrieval:
     ) -> list[tuple[Routing, list[Hit]]]:
         """At most ``share`` documents that come next, with the routing that each is scored by.
 
-        First those that the ``newest`` evidence names, in the order in which it leads to them, then the next
-        best for the question itself. Where it names none, those that question and evidence together find.
+        First those that the ``newest`` evidence names by titles that nothing read so far has, in the order
+        in which it leads to them, then the next best for the question itself. Where it names none, those that
+        question and evidence together find.
         """
         skip = [hit.document_id for hit in read]
         routing, near = self.best(routing, NAMED_AMONG, skip)
-        titles = {
-            number: str(passage.metadata.get("title") or "")
-            for number, passage in self.store.passages([hit.passages[0].number for hit in near]).items()
-        }
-        named = [hit for hit in near if names(newest, titles.get(hit.passages[0].number, ""), self.question)]
+        titles = self._titles([*read, *near])
+        known = {titles[hit.document_id] for hit in read}  # a text names itself
+        named = [
+            hit
+            for hit in near
+            if titles[hit.document_id] not in known and names(newest, titles[hit.document_id], self.question)
+        ]
         if not named:
             return [(routing, self._near_the_best(near[:share]))]
         if self.k is None:
@@ -127,6 +130,12 @@ class Retrieval:
         skip += [hit.document_id for hit in named]
         asked, others = self.best(asked, share - len(named), skip)
         return [(routing, named), (asked, others)]
+
+    def _titles(self, hits: Sequence[Hit]) -> dict[str, str]:
+        """Titles by document, empty where there is none."""
+        texts = self.store.passages([hit.passages[0].number for hit in hits])
+        found = {text.record.document_id: str(text.metadata.get("title") or "") for text in texts.values()}
+        return {hit.document_id: found.get(hit.document_id, "") for hit in hits}
 
     def _near_the_best(self, hits: list[Hit]) -> list[Hit]:
         """Without an explicit ``k``: only as many as the model was calibrated to read in one round."""

@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from msa_memory import MemoryModel
+from msa_memory.engine import layout
 from msa_memory.engine.answerability import AnswerabilityHead, told_signals
 from msa_memory.engine.context import Feed, advance
 from msa_memory.engine.sampling import Constraint, without_doubtful
@@ -210,6 +212,40 @@ def test_a_later_round_reads_what_the_evidence_names(calibrated: Open, k: int | 
         *first.documents,
         *second.documents,
     }
+
+
+def test_a_text_that_names_itself_leads_nowhere(calibrated: Open) -> None:
+    """Passages of one article share its title: the second round is what question and evidence find."""
+    memory = calibrated()
+    titled = {f"part {n}" for n in range(0, 24, 2)}
+    memory.add_many(
+        {
+            "id": id,
+            "content": f"Old Oak, {id}, of lions.",
+            "metadata": {"title": "Old Oak"} if id in titled else {},
+        }
+        for id in (f"part {n}" for n in range(24))
+    )
+    engine, bank, told = memory._engine(), memory._bank(), 0
+    for start in range(16):
+        where = {"$id": {"$in": [f"part {n}" for n in range(start, start + 8)]}}
+        first, second = memory.query(QUESTION, k=4, max_rounds=2, where=where, max_new_tokens=1).rounds
+        if not titled.intersection(first.documents):
+            continue
+        entries = [
+            layout.evidence_entry(
+                layout.document_header(title=text.metadata.get("title"), when=None, speaker=None),
+                text.timestamp.date(),
+                text.text,
+            )
+            for text in map(memory.get, reversed(first.documents))
+        ]
+        routing = engine.route(QUESTION, bank.view("default", where), evidence="\n".join(entries))
+        order = routing.numbers[np.argsort(-routing.relevance(), kind="stable")].tolist()
+        left = [id for number in order if (id := bank.records[number].document_id) not in first.documents]
+        assert list(second.documents) == left[:2]
+        told += left[:2] != [id for id in left if id in titled][:2]
+    assert told, "no choice of passages would have shown a difference"
 
 
 def test_what_comes_beside_the_named_is_found_by_the_question(calibrated: Open) -> None:
