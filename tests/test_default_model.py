@@ -68,3 +68,38 @@ def test_a_forgotten_fact_is_not_told(memory: MemoryModel) -> None:
     answer = memory.query("What is Ingrid allergic to?")
     assert "walnut" not in answer.text.lower()
     assert notes[2].id not in {source.id for source in answer.sources}
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("What is Ingrid allergic to?", "walnuts"),
+        ("When does the library on Elm Street open?", "nine"),
+        ("At what temperature does copper melt?", "1085"),
+        ("What did Ingrid study?", None),
+        ("What is Ingrid's phone number?", None),
+    ],
+)
+def test_it_knows_what_the_memory_does_not_say(
+    memory: MemoryModel, question: str, answer: str | None
+) -> None:
+    """Questions about the very things it remembers: relevance alone refuses none of them."""
+    memory.add_many(FACTS)
+    said = memory.query(question)
+    assert said.sources, "something was found"
+    if answer is None:
+        assert not said.found
+        assert said.text == "I don't know."
+    else:
+        assert answer in said.text
+
+
+def test_two_rounds_follow_a_title(memory: MemoryModel) -> None:
+    memory.add(
+        "The Long Winter is a film of 1951 directed by Olga Berg.", metadata={"title": "The Long Winter"}
+    )
+    memory.add("She was born in Tromso and studied law.", id="berg", metadata={"title": "Olga Berg"})
+    memory.add_many([f"Olaf Winter number {n} was born in a long winter in the north." for n in range(12)])
+    question = "Where was the director of The Long Winter born?"
+    rounds = memory.query(question, k=4, max_rounds=2).rounds
+    assert rounds[1].documents[0] == "berg"
