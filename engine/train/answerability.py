@@ -13,7 +13,7 @@ import random
 import re
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from msa_memory.engine.answerability import SIGNALS, AnswerabilityHead, told_signals
 from msa_memory.engine.engine import Engine
-from msa_memory.engine.train.asking import Ranked, Reader, header, rank
+from msa_memory.engine.train.asking import Ranked, Reader
 from msa_memory.engine.train.calibrate import refusal_rule
 from msa_memory.engine.train.conflicts import facts
 from msa_memory.engine.train.data import Passage, Question
@@ -75,6 +75,11 @@ class AnswerabilityTraining:
             )
         if not 0 <= self.lost < 1:
             raise ConfigError(f"lost is {self.lost}; expected a share from 0 to below 1")
+
+    @property
+    def asking(self) -> tuple[int, ...]:
+        """What decides which questions are asked over what; the rest is fitted on the answers to them."""
+        return self.parts, self.passages, self.questions, self.seed
 
     def layers_of(self, engine: Engine) -> tuple[int, ...]:
         """The layers to read. Raises ConfigError where the model lacks one."""
@@ -188,7 +193,7 @@ def collect(
     done = load_file(path) if path.is_file() else _nothing(engine, layers)
     if len(done["absent"]) >= 2 * len(lesson.asked) or not lesson.asked:
         return done
-    reader, number_of = _reader(engine, lesson, deadline, report)
+    reader = Reader(engine, lesson.passages, _told(lesson, deadline, report))
     calibration = engine.calibration
     weight = float(calibration.get("lexical_weight", 0.0))
     share, most = float(calibration.get("evidence_share", 0.0)), int(calibration.get("evidence_documents", 5))
@@ -223,9 +228,8 @@ def collect(
             _check(deadline, lesson, place)
             if place % KEPT_EVERY == 0:
                 keep()
-            asked = lesson.asked[place]
             with torch.inference_mode():
-                one = rank(engine, reader.view, asked, tuple(number_of[id] for id in asked.gold))
+                one = reader.rank(lesson.asked[place])
                 for absent, ranked in ((False, one), (True, one.without_gold())):
                     for name, value in examine(ranked, absent, lesson.articles[place]).items():
                         rows[name].append(value)
@@ -247,21 +251,12 @@ def _nothing(engine: Engine, layers: Sequence[int]) -> dict[str, Tensor]:
     }
 
 
-def _reader(
-    engine: Engine, lesson: Lesson, deadline: float | None, report: Report
-) -> tuple[Reader, dict[str, int]]:
-    """The lesson's passages in a bank."""
-    read = engine.encode_many((n, header(p), p.text) for n, p in enumerate(lesson.passages))
-    states = []
+def _told(lesson: Lesson, deadline: float | None, report: Report) -> Iterator[None]:
+    """Tells of each passage that is encoded."""
     for number in range(len(lesson.passages)):
         _check(deadline, lesson, 0)
-        states.append(next(read))
+        yield
         report(f"Encoding {lesson.name}", number + 1, len(lesson.passages))
-    bank = engine.new_bank(states.__getitem__)
-    for number, state in enumerate(states):
-        bank.add(number, state.router_keys, state.terms)
-    numbers = {passage.id: number for number, passage in enumerate(lesson.passages)}
-    return Reader(engine, bank.view(), lesson.passages), numbers
 
 
 def _check(deadline: float | None, lesson: Lesson, place: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msa_memory.engine.bank_view import BankView, Selection
+from msa_memory.engine.bank_view import Selection
 from msa_memory.engine.context import Feed, advance
 from msa_memory.engine.context import Sequence as Row
 from msa_memory.engine.engine import Engine
@@ -19,7 +19,7 @@ from msa_memory.engine.evidence_choice import near_the_best
 from msa_memory.engine.layout import document_header, evidence_entry
 from msa_memory.engine.train.data import Passage, Question
 
-__all__ = ["Ranked", "Reader", "header", "rank"]
+__all__ = ["Ranked", "Reader"]
 
 MOST_FOUND = 8
 MAX_EVIDENCE_TOKENS = 1024
@@ -54,25 +54,34 @@ class Ranked:
         return layer, Selection(tuple(n for n, _ in kept), tuple(score for _, score in kept))
 
 
-def header(passage: Passage) -> str:
+def _header(passage: Passage) -> str:
     """What a passage is headed by in memory and in the evidence."""
     return document_header(title=passage.title, when=None, speaker=None)
-
-
-def rank(engine: Engine, view: BankView, asked: Question, gold: tuple[int, ...]) -> Ranked:
-    """Route one question over a bank whose passage numbers count from 0."""
-    routing = engine.route(asked.text, view, lexical_weight=1.0)  # any weight: the parts are what counts
-    order = np.argsort(routing.numbers)
-    return Ranked(asked, gold, routing.mean()[order], routing.words[order], routing.selections)
 
 
 class Reader:
     """What the model says after some evidence, with the routers' choice in memory as in the engine."""
 
-    def __init__(self, engine: Engine, view: BankView, texts: Sequence[Passage]) -> None:
-        self.engine, self.view, self.texts = engine, view, texts
+    def __init__(self, engine: Engine, texts: Sequence[Passage], told: Iterable[object]) -> None:
+        """Encode the passages into a bank; ``told`` is gone through once per passage, to tell or to stop."""
+        read = engine.encode_many((n, _header(passage), passage.text) for n, passage in enumerate(texts))
+        states = [next(read) for _ in told]
+        bank = engine.new_bank(states.__getitem__)
+        for number, state in enumerate(states):
+            bank.add(number, state.router_keys, state.terms)
+        self.engine, self.view, self.texts = engine, bank.view(), texts
+        self.numbers = {passage.id: number for number, passage in enumerate(texts)}
         self.slots = {layer: slot for slot, layer in enumerate(engine.msa.router_layers)}
-        self.tokens = [engine.count_tokens(header(passage) + passage.text) for passage in texts]
+        self.tokens = [engine.count_tokens(_header(passage) + passage.text) for passage in texts]
+
+    def rank(self, asked: Question) -> Ranked:
+        """Route a question about these passages."""
+        routing = self.engine.route(
+            asked.text, self.view, lexical_weight=1.0
+        )  # any: the parts are what counts
+        order = np.argsort(routing.numbers)
+        gold = tuple(self.numbers[id] for id in asked.gold)
+        return Ranked(asked, gold, routing.mean()[order], routing.words[order], routing.selections)
 
     def start(self, one: Ranked, numbers: Sequence[int], noted: Sequence[int] = ()) -> tuple[Row, Tensor]:
         """A sequence that has read the evidence, and the logits ``[V]`` of its answer's first token."""
@@ -87,7 +96,7 @@ class Reader:
         left = MAX_EVIDENCE_TOKENS
         for number in numbers:
             passage = self.texts[number]
-            entry = evidence_entry(header(passage), READ_ON, passage.text)
+            entry = evidence_entry(_header(passage), READ_ON, passage.text)
             left -= self.engine.count_tokens(entry)
             if entries and left < 0:
                 break
@@ -117,5 +126,4 @@ class Reader:
     def refusal(self, one: Ranked, numbers: Sequence[int]) -> float:
         """Log-probability that the answer begins as a refusal."""
         _, logits = self.start(one, numbers)
-        first = self.engine.tokenizer.encode(self.engine.prompt.layout.refusal)[0]
-        return float(logits.float().log_softmax(-1)[first])
+        return float(logits.float().log_softmax(-1)[self.engine.prompt.refusal[0]])

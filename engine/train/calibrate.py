@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msa_memory.engine.engine import Engine
-from msa_memory.engine.train.asking import Ranked, Reader, header, rank
+from msa_memory.engine.train.asking import Ranked, Reader
 from msa_memory.engine.train.data import Passage, Question, read_passages, read_questions
 from msa_memory.engine.train.exercises import held_out
 from msa_memory.engine.train.run import Paused
@@ -78,20 +78,11 @@ def calibrate(
     """
     texts, asked = _choose(passages, questions, options)
     told = _Reports(report, deadline)
-    read = engine.encode_many((number, header(passage), passage.text) for number, passage in enumerate(texts))
-    states = [next(read) for _ in told.over("Encoding passages", texts)]
-    bank = engine.new_bank(states.__getitem__)
-    for number, state in enumerate(states):
-        bank.add(number, state.router_keys, state.terms)
-    view, number_of = bank.view(), {passage.id: n for n, passage in enumerate(texts)}
-    ranked = [
-        rank(engine, view, one, tuple(number_of[id] for id in one.gold))
-        for _, one in told.over("Routing questions", asked)
-    ]
+    reader = Reader(engine, texts, told.over("Encoding passages", texts))
+    ranked = [reader.rank(one) for _, one in told.over("Routing questions", asked)]
     weights = {weight: _mrr(ranked, weight) for weight in LEXICAL_WEIGHTS}
     weight = max(weights, key=lambda w: (round(weights[w], 4), -w))
     least = choose_threshold([float(one.relevance(weight).max()) for one in ranked], options.lost_to_score)
-    reader = Reader(engine, view, texts)
     some = ranked[: options.read]
     losses = _evidence_losses(reader, some, weight, told)
     share, most = min(losses, key=lambda choice: (round(losses[choice], 4), -choice[0], choice[1]))

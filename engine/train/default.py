@@ -160,22 +160,11 @@ def train_default_model(job: DefaultModel, tell: Tell = quiet) -> Path:
         routers=work / "scouts",
     )
     given = teach("routers", recipe.routers, given, adapter=route, work=work / "hidden")
-    calibration = CalibrateJob(
-        **common,
-        out=work / "calibrated",
-        routers=work / "routers",
-        adapter=route,
-        options=recipe.calibration,
-    )
+    routed = {**common, "routers": work / "routers", "adapter": route}
+    calibration = CalibrateJob(**routed, out=work / "calibrated", options=recipe.calibration)
     about = [given, asdict(recipe.calibration)]
     given = _stage(calibration.out, about, partial(calibrate_files, calibration, tell))
-    judge = AnswerabilityJob(
-        **common,
-        out=work / "answerability",
-        routers=work / "routers",
-        adapter=route,
-        recipe=recipe.answerability,
-    )
+    judge = AnswerabilityJob(**routed, out=work / "answerability", recipe=recipe.answerability)
     about = [given, asdict(recipe.answerability)]
     _stage(judge.out, about, partial(train_answerability_files, judge, tell))
     return _result(job, route)

@@ -485,11 +485,11 @@ def _full_note(figures: dict[str, Any]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CalibrateJob:
-    """Files and settings of one calibration.
+class RoutedJob:
+    """Files of a job on a model that has routers.
 
-    ``routers`` is a folder of ``train_router_files`` to be calibrated with ``adapter``, in place of what the
-    model has.
+    ``routers`` is a folder of ``train_router_files`` to be used with ``adapter``, in place of what the model
+    has.
     """
 
     passages: Sequence[Path]
@@ -499,9 +499,15 @@ class CalibrateJob:
     routers: Path | None = None
     adapter: Path | None = None
     device: str = "auto"
-    options: CalibrationOptions = field(default_factory=CalibrationOptions)
     deadline: float | None = None
     """As of a ``RouterJob``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrateJob(RoutedJob):
+    """One calibration."""
+
+    options: CalibrationOptions = field(default_factory=CalibrationOptions)
 
 
 def calibrate_files(job: CalibrateJob, tell: Tell = quiet) -> dict[str, Any]:
@@ -526,22 +532,10 @@ def calibrate_files(job: CalibrateJob, tell: Tell = quiet) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AnswerabilityJob:
-    """Files and settings of one training of the head that tells whether there is an answer.
+class AnswerabilityJob(RoutedJob):
+    """One training of the head that tells whether there is an answer."""
 
-    ``routers`` and ``adapter`` as of a ``CalibrateJob``.
-    """
-
-    passages: Sequence[Path]
-    questions: Sequence[Path]
-    out: Path
-    model: str = DEFAULT_MODEL
-    routers: Path | None = None
-    adapter: Path | None = None
-    device: str = "auto"
     recipe: AnswerabilityTraining = field(default_factory=AnswerabilityTraining)
-    deadline: float | None = None
-    """As of a ``RouterJob``."""
 
 
 def train_answerability_files(job: AnswerabilityJob, tell: Tell = quiet) -> dict[str, Any]:
@@ -556,7 +550,7 @@ def train_answerability_files(job: AnswerabilityJob, tell: Tell = quiet) -> dict
     layers = job.recipe.layers_of(engine)
     reading = {name: value for name, value in engine.calibration.items() if not name.startswith("refusal")}
     about: list[Any] = [fingerprint_files([*job.passages, *job.questions]), engine.fingerprint, reading]
-    about += [asdict(job.recipe), layers]
+    about += [job.recipe.asking, layers]
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     lessons = [*article_lessons(texts, asked, job.recipe), note_lesson(texts, asked, job.recipe)]
     examples = [
@@ -579,7 +573,7 @@ def train_answerability_files(job: AnswerabilityJob, tell: Tell = quiet) -> dict
     return figures
 
 
-def _routed_engine(job: CalibrateJob | AnswerabilityJob) -> Engine:
+def _routed_engine(job: RoutedJob) -> Engine:
     """The job's model, with the routers and the adapter that it names."""
     if job.routers is None:
         adapter = True if job.adapter is None else job.adapter
@@ -589,7 +583,7 @@ def _routed_engine(job: CalibrateJob | AnswerabilityJob) -> Engine:
     )
 
 
-def _tell_model(job: CalibrateJob | AnswerabilityJob, chosen: dict[str, Any]) -> Path | None:
+def _tell_model(job: RoutedJob, chosen: dict[str, Any]) -> Path | None:
     """Put chosen numbers where the job's model has them; the folder, None for an installed model."""
     if job.routers is not None:
         _merge_calibration(job.routers / "router.json", chosen)

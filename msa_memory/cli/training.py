@@ -62,6 +62,15 @@ Steps = Annotated[int | None, typer.Option(metavar="N", help="Steps of the train
 LearningRate = Annotated[float | None, typer.Option(help="The highest learning rate.")]
 RowsPerStep = Annotated[int | None, typer.Option(help="Rows of data per step.")]
 MicroBatch = Annotated[int | None, typer.Option(help="Tokens computed at a time; gradients are added up.")]
+OtherRouters = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True, file_okay=False, metavar="FOLDER", help="Routers to use instead of the model's."
+    ),
+]
+TheirAdapter = Annotated[
+    Path | None, typer.Option(exists=True, metavar="FILE", help="The adapter that belongs to them.")
+]
 Rank = Annotated[int | None, typer.Option(help="Rank of the adapter.")]
 Alpha = Annotated[float | None, typer.Option(help="The adapter counts alpha / rank times.")]
 FirstLayer = Annotated[int | None, typer.Option(help="Lowest layer to adapt.")]
@@ -363,13 +372,8 @@ def train_calibration(
     questions: Questions,
     out: Out,
     model: ModelName = None,
-    routers: Annotated[
-        Path | None,
-        typer.Option(exists=True, file_okay=False, metavar="FOLDER", help="Routers to calibrate instead."),
-    ] = None,
-    adapter: Annotated[
-        Path | None, typer.Option(exists=True, metavar="FILE", help="The adapter that belongs to them.")
-    ] = None,
+    routers: OtherRouters = None,
+    adapter: TheirAdapter = None,
     ranked: Annotated[int | None, typer.Option(help="Questions to rank passages for.")] = None,
     read: Annotated[int | None, typer.Option(help="Questions to read evidence for.")] = None,
     distractors: Annotated[int | None, typer.Option(help="Training passages to rank beside.")] = None,
@@ -421,13 +425,8 @@ def train_answerability(
     questions: Questions,
     out: Out,
     model: ModelName = None,
-    routers: Annotated[
-        Path | None,
-        typer.Option(exists=True, file_okay=False, metavar="FOLDER", help="Routers to read with instead."),
-    ] = None,
-    adapter: Annotated[
-        Path | None, typer.Option(exists=True, metavar="FILE", help="The adapter that belongs to them.")
-    ] = None,
+    routers: OtherRouters = None,
+    adapter: TheirAdapter = None,
     parts: Annotated[int | None, typer.Option(help="Banks of whole articles to ask over.")] = None,
     bank_passages: Annotated[int | None, typer.Option(help="Passages in each, about.")] = None,
     asked: Annotated[int | None, typer.Option(help="Questions over each.")] = None,

@@ -306,6 +306,13 @@ def test_the_command_puts_it_where_it_belongs(
     assert re.search(r"asking about articles-0 stopped at 0 of 6; run the same command again", paused.output)
     result = CliRunner().invoke(app, [*arguments, "--json"])
     assert result.exit_code == 0, result.output
+    collected = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*-*.safetensors")}
+    assert len(collected) == 3
+    again = CliRunner().invoke(app, [*arguments, "--lost", "0.3", "--json"])
+    assert again.exit_code == 0, again.output
+    assert collected == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*-*.safetensors")}
+    assert json.loads(again.stdout)["refusal_odds"] < json.loads(result.stdout)["refusal_odds"]
+    result = CliRunner().invoke(app, [*arguments, "--json"])
     engine = load_engine(model, device="cpu")
     assert engine.answerability is not None
     assert engine.answerability.layers == (1, 3)
