@@ -86,9 +86,9 @@ class Retrieval:
                 asked, best = self.best(asked, share)
                 found = [(asked, self._near_the_best(best))]
             else:
-                newest = self._fit(routing, hits, recalled.scores, budget, evidence_entry)[0]
-                routing = yield from self.route(view, evidence_text(newest))
-                found = self._follow(asked, routing, evidence_text(newest), share, recalled.hits)
+                newest = evidence_text(self._fit(routing, hits, recalled.scores, budget, evidence_entry)[0])
+                routing = yield from self.route(view, newest)
+                found = self._follow(asked, routing, newest, share, recalled.hits)
             hits = [hit for _, some in found for hit in some]
             if not hits:
                 break
